@@ -93,7 +93,7 @@ NOTES = [
     "other. Speed-ups are over `monde` on system `edge-ndp`, with slots for a quarter of all experts.",
     "`qwen3-30b-a3b` has one captured request, so nothing is held out and there is no correlation between requests;",
     "`mixtral-8x7b` has no captured trace, only counts and published figures, which stand in the column of the fitted",
-    "half. `gpt-oss-20b` was captured without prompts: `edge-ndp` has nothing to prefetch by and is `edge-ndp-tp-lb`.",
+    "half. `gpt-oss-20b` was captured without prompts: `edge-ndp` prefetches nothing, and equals `edge-ndp-tp-lb`.",
 ]
 # Two tokens in a row share an expert, mean of the eight sources of that table, in layers 0, 15 and 31.
 MIXTRAL_SHARE = {0: 0.4804, 15: 0.6369, 31: 0.5091}

@@ -95,10 +95,10 @@ def page(some: list[Engine]) -> str:
         [
             markdown(head, lines),
             " ".join(counts),
-            "What explains the rest, where it is more than a tenth:",
+            "Reasons, where the calibrated constants are off by more than a tenth:",
             "\n".join(missed),
-            "Where the calibrated constants come from. The best fit to all figures of a machine judges none of them; "
-            "start a description of your own from it:",
+            "Where the calibrated constants come from. The best fit uses all figures of a machine, so it judges none "
+            "of them; begin with it when you describe a machine of your own:",
             markdown(("engine and machine", "figures", "judged by constants from", "best fit"), found),
         ]
     )

@@ -260,7 +260,7 @@ def moe_infinity() -> Engine:
                 8,
                 "mixtral-8x7b",
                 0.735,
-                "Bound by the link: there the runtime hides behind fetches; a replay adds it.",
+                "Bound by the link: on the machine the runtime's work overlaps with fetches; in a replay it is added.",
             ),
             figure(9, "deepseek-v2-lite", 0.100, python),
             figure(10, "qwen3-30b-a3b", 0.150, python),
@@ -310,7 +310,7 @@ def daop() -> Engine:
     what = "DAOP, A100, Mixtral-8x7B in 16 bit: a block on the GPU, an expert's move, an expert on the CPU"
     why = (
         "The move is a copy from pageable memory, at a third of the link's rate; the block runs one kernel after the "
-        "other from Python. No other figure of this machine tells either."
+        "other from Python. No other figure of this machine shows the one or the other."
     )
     return Engine(
         "DAOP, A100",

@@ -181,17 +181,40 @@ def _fields(record: type) -> list[str]:
         defaults = {field.name: field.default for field in msgspec.structs.fields(record) if not field.required}
     else:
         defaults = record._field_defaults  # pyright: ignore[reportAttributeAccessIssue]
-    meanings = _attributes(record)[1]
+    meanings = _policy_fields() if record is mt.PolicySpec else _attributes(record)[1]
     rows, held = [], []
     for name, hint in hints.items():
         kind = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(hint))
         kind = re.sub(r"Union\[(.*)\]", lambda union: union[1].replace(", ", " | "), kind)
+        kind = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind)
         shown = f"`{defaults[name]!r}`" if name in defaults and not callable(defaults[name]) else ""
-        rows.append((f"`{name}`", f"`{kind}`", shown, _text(meanings.get(name, "")))[: 4 if meanings else 3])
+        meaning = meanings[name] if record is mt.PolicySpec else _text(meanings.get(name, ""))
+        rows.append((f"`{name}`", f"`{kind}`", shown, meaning)[: 4 if meanings else 3])
         for part in [hint, *get_args(hint)]:
             if hasattr(part, "__struct_fields__"):
                 held += [f"**`{name}`**: {_text(_attributes(part)[0])}", *_fields(part)]
     return [table(("field", "type", "default", "meaning")[: len(rows[0])], rows), *held]
+
+
+def _policy_fields() -> dict[str, str]:
+    """What the tables of docs/policies.md and docs/cluster.md say of each field of a policy."""
+    found = {
+        "name": "The policy's name, in tables and files.",
+        "placement": "Where experts live: a choice of [placement](../policies.md#every-choice).",
+        "dispatch": "Who runs an expert: a choice of [dispatch](../policies.md#every-choice), or your own.",
+        "residency": "What the GPU keeps: a choice of [residency](../policies.md#every-choice), or your own.",
+        "prefetch": "What moves ahead of time: a choice of [prefetch](../policies.md#every-choice).",
+        "scope": "`layer`: each layer has its own share of the slots; `global`: all layers share them; "
+        "[`request`](../policies.md): and caches start cold with each request.",
+    }
+    for page, section, of in (("policies", "\n| parameter |", ""), ("cluster", "\n| field |", "On a cluster: ")):
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").partition(section)[2].partition("\n\n")[0]
+        for names, *cells in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \| ([^|]*) \|(?: ([^|]*) \|)?$", text, re.MULTILINE):
+            meaning = f"{of}{cells[0]}" if of else f"For {cells[0]}: {cells[2]}"
+            for name in re.findall(r"`(\w+)`", names):
+                before = f"{found[name]} " if of and name in found else ""
+                found[name] = before + re.sub(r"\]\((?!\.\./|http)", "](../", meaning).rstrip(".") + "."
+    return found
 
 
 def _attributes(record: type) -> tuple[str, dict[str, str]]:

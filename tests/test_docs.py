@@ -129,3 +129,18 @@ def test_every_finding_is_listed_and_pins_what_it_installs():
         assert f"| `{script.stem}` | {title.removeprefix('# ')} |" in listed and versions.startswith("# Versions: ")
         for installed in re.findall(r"pip install (.*)", text):
             assert all("==" in part for part in installed.split() if not part.startswith("--")), script.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/how-to").glob("*.md")), ids=lambda path: path.stem)
+def test_a_how_to_ends_with_what_to_do_next(path):
+    heads = re.findall(r"^## .*", path.read_text(encoding="utf-8"), re.MULTILINE)
+    section = path.read_text(encoding="utf-8").partition("\n## What to do next\n")[2]
+    assert heads[-1] == "## What to do next" and len(re.findall(r"\]\([^)]*\.md", section)) >= 2
+
+
+def test_the_home_page_has_a_picture_and_three_doors_and_leads_to_every_how_to():
+    home = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    doors = home.partition('<div class="grid cards" markdown>')[2].partition("</div>")[0]
+    assert "](assets/" in home and len(re.findall(r"^-   \*\*\[", doors, re.MULTILINE)) == 3
+    how_to = {f"how-to/{path.name}" for path in (ROOT / "docs/how-to").glob("*.md")}
+    assert how_to <= set(re.findall(r"\]\(([^)#]+)", home))

@@ -20,7 +20,7 @@ MANY = 3  # parameters, from which on a function has all sections
 # Names that may lack sections, and why.
 WITHOUT = {
     "Trace.__init__": "says which functions to use instead",
-    "PolicySpec": "each parameter is described by the choice that reads it",
+    "PolicySpec": "docs/policies.md describes each field, and the reference shows that",
 }
 
 
@@ -63,24 +63,26 @@ def _sections(text: str) -> dict[str, str]:
 
 def _items(section: str) -> dict[str, str]:
     """The items of a section, `name: meaning`."""
-    return dict(re.findall(r"^\*{0,2}(\w+): (.*(?:\n .*)*)", section, re.MULTILINE))
+    return dict(re.findall(r"^\*{0,2}(\w+)(?: \(.*?\))?: (.*(?:\n .*)*)", section, re.MULTILINE))
 
 
 PUBLIC = _public()
 SAID = {name: _sections(inspect.getdoc(thing) or "") for name, thing in PUBLIC.items()}
 
 
-def _many_parameters() -> dict[str, list[str]]:
+def _parameters(count: range) -> dict[str, list[str]]:
+    """The parameters of public functions that have as many."""
     found = {}
     for name, thing in PUBLIC.items():
         if not inspect.isclass(thing):
             parameters = [one for one in inspect.signature(thing).parameters if one not in ("self", "cls")]
-            if len(parameters) >= MANY and name not in WITHOUT:
+            if len(parameters) in count and name not in WITHOUT:
                 found[name.removesuffix(".__init__")] = parameters
     return found
 
 
-PARAMETERS = _many_parameters()
+PARAMETERS = _parameters(range(MANY, 100))
+FEW = _parameters(range(1, MANY))
 
 
 def _function(name: str) -> Callable:
@@ -90,6 +92,31 @@ def _function(name: str) -> Callable:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_each_parameter_is_described(name):
     assert list(_items(SAID[name].get("Args", ""))) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_each_of_few_parameters_is_described_or_named(name):
+    """A section says what each is, or a sentence names each."""
+    text = inspect.getdoc(_function(name)) or ""
+    described = list(_items(SAID[name].get("Args", "")))
+    assert described == FEW[name] or not [one for one in FEW[name] if f"`{one}`" not in text]
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isclass(thing)])
+def test_each_attribute_is_described(name):
+    """What a class annotates, or its constructor sets, stands in "Attributes"."""
+    thing = PUBLIC[name]
+    named = {one for part in thing.__mro__[:-1] for one in vars(part).get("__annotations__", {})}
+    if "__init__" in vars(thing) and not _fields(thing):
+        named |= set(re.findall(r"\bself\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(thing.__init__)))
+    public = {one for one in named if not one.startswith("_")}
+    described = _items(SAID[name].get("Attributes", "")).keys()
+    assert name in WITHOUT or public <= described
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if not name.endswith(".__init__")])
+def test_there_is_a_docstring(name):
+    assert PUBLIC[name].__doc__
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -57,6 +57,13 @@ def test_fields_of_records_are_explained(pages):
     assert not any(row.endswith("|  |") for table in tables for row in table.splitlines())
 
 
+def test_fields_of_a_policy_are_explained(pages):
+    text = pages["reference/python.md"].partition("::: moetrace.PolicySpec\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([^|]*) \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(mt.PolicySpec.__struct_fields__)
+    assert [name for name, meaning in rows if not meaning.strip()] == []
+
+
 def test_tables_explain_what_they_list(pages):
     """Of a record's fields the last column is the default, which may be empty."""
     for name in ("policy-arguments", "columns", "lint-codes"):

@@ -198,7 +198,7 @@ class Result:
             self.write_into(temporary)
 
     def write_into(self, folder: Path) -> None:
-        """Write the files into an existing folder, one after another."""
+        """Write the files into `folder`, which exists, one after another."""
         tables = {"units": self.units, "layers": self.layers, "requests": self.requests, "experts": self.experts}
         more = (
             {}

@@ -25,23 +25,23 @@ class Trace:
     `Trace.open` (a file) and `Trace.from_arrays` make one. It is a context manager. docs/trace-format.md says more.
 
     Attributes:
-        path: The file; None for a trace in memory.
-        shown: Its name in messages: its path, or "trace in memory".
-        model: Name of the model that was traced.
+        path (Path | None): The file; None for a trace in memory.
+        shown (str): Its name in messages: its path, or "trace in memory".
+        model (str): Name of the model that was traced.
         source: Where the ids are from.
-        created_by: Program and version that wrote the file.
+        created_by (str): Program and version that wrote the file.
         num_experts: Experts of a layer.
         top_k: The most experts that a row chooses in a layer.
         layers: Number of MoE layers.
-        rows: Number of token rows.
-        steps: Number of steps (forward passes).
-        offset: int64 [steps + 1]; the rows of step s are `offset[s]:offset[s + 1]`.
-        phase: uint8 [steps]; 0 prefill, 1 decode, 2 mixed.
-        layer_index: uint16 [layers]; absolute index of each MoE layer in the model.
-        expert_bytes: int64 [layers] or [layers, experts]; None if the trace does not hold it.
-        layer_experts: uint16 [layers], experts of each layer where they differ; None if the trace does not hold it.
-        has: The optional data that the trace holds: "gates", "token", "row_phase", "recorded"; or "counts" if it has no
-            ids at all.
+        rows (int): Number of token rows.
+        steps (int): Number of steps (forward passes).
+        offset (np.ndarray): int64 [steps + 1]; the rows of step s are `offset[s]:offset[s + 1]`.
+        phase (np.ndarray): uint8 [steps]; 0 prefill, 1 decode, 2 mixed.
+        layer_index (np.ndarray): uint16 [layers]; absolute index of each MoE layer in the model.
+        expert_bytes (np.ndarray | None): int64 [layers] or [layers, experts]; None if the trace does not hold it.
+        layer_experts (np.ndarray | None): uint16 [layers]; experts of each layer if they differ, else None.
+        has (frozenset[str]): The optional data that the trace holds: "gates", "token", "row_phase", "recorded"; or
+            "counts" if it has no ids at all.
     """
 
     def __init__(self, path: Path | None, attributes: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
@@ -183,7 +183,7 @@ class Trace:
         return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, False)
 
     def compared_blocks(self, ahead: int = 0) -> Iterator[Block]:
-        """The same blocks; raises MoetraceError after the last if their ids differ from the sha256 in the file."""
+        """The same blocks, with `ahead`; after the last, raises MoetraceError if their ids differ from the sha256."""
         self.check_has_rows()
         return self._blocks(max(1, BLOCK_BYTES // self.id_bytes), ahead, True)
 
@@ -347,7 +347,7 @@ class Trace:
         return Trace(self.path, attributes, columns)
 
     def write(self, path: str | os.PathLike[str], compress: str | None = None) -> None:
-        """Write the trace to a file of its own, contiguous or compressed with "zstd" or "gzip".
+        """Write the trace to a file at `path`, contiguous or with `compress` "zstd" or "gzip".
 
         Raises MoetraceError if the trace's own file is damaged, or holds an impossible value.
         """

@@ -101,7 +101,7 @@ def balance(
 
     Args:
         trace: A trace of ids or counts, or the path of its file.
-        placements: Keys of `PLACEMENTS`, or "tp:g". By default ep, ep-block, ep-lpt and eplb.
+        placements: Names that docs/balance.md lists, or "tp:g". By default ep, ep-block, ep-lpt and eplb.
         tier: The units: a number or a `Tier`. By default the NDP units of `system`; 8 without one.
         window: How many steps plans are made from; those after them are judged. By default half of the steps. With 0,
             and by default where there is one step, all steps are judged, and plans are made from these very steps.

@@ -144,7 +144,7 @@ def cache_hits(
     Args:
         trace: A trace or the path of its file.
         capacities: Sizes of the cache, over all layers together: experts (48) or bytes ("100MB", "3GiB").
-        policies: Cache policies, keys of `POLICIES`. By default lru, lfu and belady.
+        policies: Cache policies, which docs/cache.md lists. By default lru, lfu and belady.
         scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity; "request" is
             one cache that is emptied, and forgets, whenever no request is under way.
         budget: With scope "layer", how many experts each layer's cache holds: a CSV file with a number a line, or

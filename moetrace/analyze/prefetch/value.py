@@ -78,7 +78,7 @@ def prefetch_value(
     Args:
         trace: A trace or the path of its file.
         capacity: Size of the cache, over all layers together: experts (48) or bytes ("100MB").
-        names: Predictors, keys of `PREDICTORS`. By default all except "recorded".
+        names: Predictors, which docs/prefetch.md lists. By default all except "recorded".
         scope: "global" is one cache; "layer" gives each layer its own, of an equal part of the capacity.
         most: How many experts a predictor names for an event. By default the trace's top_k. "oracle" and "recorded"
             name any number.
