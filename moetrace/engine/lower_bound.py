@@ -190,23 +190,15 @@ def _add_layer(demand, first, size, layer, costs, machine, bound):
         on_gpu_s = _own_s(gpu, rows, weight_bytes) + layer_gpu_s
         at_home_s = _own_s(home, rows, weight_bytes)
         fetch_s = max(weight_bytes - DONE_BYTES, 0.0) * costs.fetch_s_per_byte
-        linked_there_s, linked_here_s, idle_here_s = (
-            gpu_weight * on_gpu_s,
-            (rest - gpu_weight) * at_home_s,
-            rest * at_home_s,
-        )
+        linked_there_s, linked_here_s = gpu_weight * on_gpu_s, (rest - gpu_weight) * at_home_s
+        idle_here_s = rest * at_home_s
         begin, linked = i, 0.0
         while i < stop and demand.rows[i] == alike:
             expert = np.uint64(demand.expert[i])
             if machine.even_bytes == 0.0 and machine.weight_bytes[layer, expert] != weight_bytes:
                 break
-            before = bound.level[layer, expert]
-            bound.level[layer, expert] = level
-            seen += before < 0.0
-            hold_s = price_s * (level - before)
-            is_held = hold_s < fetch_s  # comparisons are numbers here: branches could not be foretold
-            carry_s = min(hold_s, fetch_s)
-            own_held_s = is_held * carry_s
+            carry_s, own_held_s, is_new = _carry_or_hold(bound, layer, expert, level, price_s, fetch_s)
+            seen += is_new
             link_s += carry_s
             held_s += own_held_s
             carried_s = link_weight * carry_s
@@ -241,11 +233,30 @@ def _add_layer(demand, first, size, layer, costs, machine, bound):
     idle_s += rest * around_s
     sums.free_s += min(free_s, gpu_s)
     sums.linked_s += min(max(linked_s, idle_s), only_gpu_s)
-    balanced = home_s / (gpu_s + home_s)
-    sums.free_share = _moved(sums.free_share, less(around_s + free_home_s, free_gpu_s), 1.0 / balanced)
-    sums.linked_share = _moved(sums.linked_share, less(around_s + linked_home_s, linked_gpu_s), 1.0 / balanced)
-    sums.free_gpu, sums.linked_gpu = balanced * sums.free_share, rest * balanced * sums.linked_share
+    free_more = less(around_s + free_home_s, free_gpu_s)
+    _move_weights(sums, home_s / (gpu_s + home_s), free_more, less(around_s + linked_home_s, linked_gpu_s))
     return idle_held_s if less(linked_s, idle_s) else linked_held_s
+
+
+@kernel
+def _carry_or_hold(bound, layer, expert, level, price_s, fetch_s):
+    """Return what an expert weighs on the link, the part of that for being held instead, and whether it is new.
+
+    Comparisons are numbers here, as everywhere in the walk: branches could not be foretold and took twice the time.
+    """
+    before = bound.level[layer, expert]
+    bound.level[layer, expert] = level
+    hold_s = price_s * (level - before)
+    carry_s = min(hold_s, fetch_s)
+    return carry_s, (hold_s < fetch_s) * carry_s, before < 0.0
+
+
+@kernel
+def _move_weights(sums, balanced, free_more, linked_more):
+    """Set the GPU's weights for the next layer; all experts cost the same on both sides at weight ``balanced``."""
+    sums.free_share = _moved(sums.free_share, free_more, 1.0 / balanced)
+    sums.linked_share = _moved(sums.linked_share, linked_more, 1.0 / balanced)
+    sums.free_gpu, sums.linked_gpu = balanced * sums.free_share, (1.0 - sums.link_weight) * balanced * sums.linked_share
 
 
 @kernel
