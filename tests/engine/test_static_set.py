@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrace.engine.decoded import Decoded, needs_of
-from moetrace.engine.prompt import want_most_frequent
-from moetrace.engine.residency import empty_cells
+from moetrace.engine.prompt import make_wanted
+from moetrace.engine.residency import empty_cache, empty_cells
 from moetrace.engine.static_set import keep_only, most_demanded
 from moetrace.generators import generate_trace
+from moetrace.spec.choices import BY_TOUCH
 
 
 @settings(max_examples=60, deadline=None)
@@ -16,8 +17,7 @@ from moetrace.generators import generate_trace
 def test_the_wanted_of_prompts_are_the_most_demanded_of_equal_sizes(seed, capacity, pools):
     count = np.random.default_rng(seed).integers(0, 5, 12)
     found, expected = empty_cells(3, 4, False), empty_cells(3, 4, False)
-    for pool in range(pools):
-        want_most_frequent(found, count, pool * 12 // pools, (pool + 1) * 12 // pools, capacity)
+    make_wanted(found, empty_cache(3, 4, pools, capacity, BY_TOUCH), count)
     keep_only(expected, most_demanded(count, np.ones(12, np.int64), capacity, pools))
     assert found.tolist() == expected.tolist()
 
