@@ -15,11 +15,16 @@ from moetrace.spec.choices import BY_TOUCH
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(0, 13), pools=st.sampled_from([1, 3]))
 def test_the_wanted_of_prompts_are_the_most_demanded_of_equal_sizes(seed, capacity, pools):
-    count = np.random.default_rng(seed).integers(0, 5, 12)
-    found, expected = empty_cells(3, 4, False), empty_cells(3, 4, False)
-    make_wanted(found, empty_cache(3, 4, pools, capacity, BY_TOUCH), count)
-    keep_only(expected, most_demanded(count, np.ones(12, np.int64), capacity, pools))
-    assert found.tolist() == expected.tolist()
+    rng, found, cache = (
+        np.random.default_rng(seed),
+        empty_cells(3, 4, False),
+        empty_cache(3, 4, pools, capacity, BY_TOUCH),
+    )
+    for _ in range(3):  # prompts: what the last one wanted stands in the cells
+        count, expected = rng.integers(0, 5, 12), empty_cells(3, 4, False)
+        make_wanted(found, cache, count)
+        keep_only(expected, most_demanded(count, np.ones(12, np.int64), capacity, pools))
+        assert found.tolist() == expected.tolist()
 
 
 def test_an_expert_that_does_not_fit_leaves_room_for_smaller_ones():
