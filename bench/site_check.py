@@ -84,7 +84,7 @@ def search(site: Path) -> list[str]:
     with browser() as tab:
         tab.call("Page.navigate", url=(site / "index.html").as_uri())
         end = time.monotonic() + _PATIENCE_S
-        while not tab.value("document.readyState === 'complete'"):
+        while not tab.value("document.readyState === 'complete'") and time.monotonic() < end:
             time.sleep(0.1)
         tab.value(_SEARCH)
         while not (titles := tab.value(_FOUND)) and time.monotonic() < end:

@@ -8,7 +8,7 @@ import pytest
 import reference
 from pages import ROOT
 
-# A fence of code, or the text of a table or code span that only looks like a link.
+# A fence or a span of code: what only looks like a link in it.
 _CODE = re.compile(r"^(`{3,}).*?^\1$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)|\b(?:href|src)=\"([^\"]+)\"", re.MULTILINE)
 # Pages of other projects that the code names -> where.
@@ -18,7 +18,7 @@ PAGES = sorted({path for pattern in _FILES for path in ROOT.glob(pattern)})
 
 
 def _plain(text: str) -> str:
-    """The page without its code: fences, and spans outside the text of a link."""
+    """The page without its fences and spans of code."""
     return _CODE.sub("", text)
 
 

@@ -1,5 +1,7 @@
 """Prefetches on a machine with more tiers: each flows as fast as link and holder let it."""
 
+import numpy as np
+
 from moetrace.engine.machine import FIRST_HOME
 from moetrace.engine.prefetch import COMPLETE, COMPLETED_EVER, DONE_BYTES, HEAD, TAIL, is_complete
 from moetrace.engine.tiers.tier_host import disk_s_per_byte, disk_spare_s, note_read_ahead
@@ -19,7 +21,7 @@ def flow_tiers(tiers, queue, start_s, budget_s, machine):
     for at in range(queue.ends[HEAD], queue.ends[TAIL]):
         if left_s <= 0:
             break
-        key = queue.key[at]
+        key = np.int64(queue.key[at])
         if queue.place[key] != at:
             continue
         limits_s = left_s, disk_spare_s(tiers.host)
