@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import Accesses
 from moetrace.analyze.cache.kernels import fifo as queue
-from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static
+from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static, tracks
 from moetrace.analyze.cache.kernels import sieve as with_hand
 from moetrace.spec.choices import CachePolicy, resolve
 
@@ -112,6 +112,21 @@ def _in_slots(rule: int, amounts: list[int], demands: Demands) -> Replay:
         for cache in caches:
             slots.replay_slots(cache, rule, block, next_use, hit)
             yield hit
+
+    return replay
+
+
+def _belady_by_tracks(amounts: list[int], demands: Demands) -> Replay:
+    caches = tracks.BeladyCaches(demands.keys, amounts)
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
+        before = caches.begin(block)
+        for cache in range(len(amounts)):
+            caches.replay(cache, before, hit)
+            yield hit
+        caches.end(hit.size)
 
     return replay
 
@@ -223,6 +238,8 @@ def lfu_in_cache(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 def belady(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert whose next access is farthest."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _belady_by_tracks([budget.amount for budget in budgets], demands)
     return _ranked(eviction.BELADY, budgets, demands)
 
 

@@ -1,0 +1,174 @@
+"""Belady of equal sizes, one access at a time: which keys are kept from one access to the next, as a question of room.
+
+A key that hits was kept for a *span*: after its last access, up to before this one. At each access between, the cache
+holds it and the key that is accessed, so that a cache of C keys keeps at most C - 1 spans at once. Belady evicts the
+key whose span would end last; so it keeps the spans that are kept if all are taken by their ends, each if there is room
+beside those before it. To find room, the spans are laid on C - 1 tracks: a span goes on the track whose last one ended
+latest, but before it, and is now the last one itself. No such track: the access misses, as does any other whose key was
+touched as early. Only the ends of tracks must be known, a bit each at its moment, and where each key was touched last:
+no next uses, and no order of residents. An access takes 3 ns, a heap of residents 25.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moetrace.analyze.cache.accesses import Accesses
+from moetrace.analyze.cache.kernels.stack import count_ones
+from moetrace.jit.compile import kernel
+
+_WORD = 64  # bits
+
+
+class Tracks(NamedTuple):
+    """The tracks of a cache: of a block, and of the moments before it that still matter."""
+
+    ends: np.ndarray  # uint64 [words]: bit of each moment at which the last span of a track ended
+    words: np.ndarray  # uint64 [words / 64]: bit of each of these that is not 0
+
+
+class BeladyCaches:
+    """Caches of some capacities in keys. They share the numbers of moments: of accesses, and some before all of them."""
+
+    def __init__(self, keys: int, capacities: list[int]) -> None:
+        """Take a number of keys, and empty caches."""
+        self._tracks = [min(capacity, keys) - 1 for capacity in capacities]  # -1: a cache that keeps nothing
+        self._moments = max(0, *self._tracks)
+        # Tracks without a span end before all accesses, each at a moment of its own.
+        self._ends = [np.arange(self._moments - count, self._moments) for count in self._tracks]
+        self._last = np.full(keys, -1, np.int32)
+
+    def begin(self, block: Accesses) -> np.ndarray:
+        """Return when the key of each access of the next block was touched before, -1 = never: int32 [n]."""
+        self._forget()
+        before = np.empty(block.key.size, np.int32)
+        _note(block.key, self._last, self._moments, before)
+        return before
+
+    def replay(self, cache: int, before: np.ndarray, hit: np.ndarray) -> None:
+        """Replay the block through a cache, filling hit uint8 [n]."""
+        if self._tracks[cache] < 0:
+            hit[:] = 0
+            return
+        moments = self._moments + before.size
+        groups = -(-moments // _WORD**2)
+        tracks = Tracks(np.zeros(groups * _WORD, np.uint64), np.zeros(groups, np.uint64))
+        _mark_all(tracks, self._ends[cache])
+        _replay(tracks, before, self._moments, hit)
+        self._ends[cache] = np.empty(self._tracks[cache], np.int64)
+        _find_all(tracks, self._ends[cache])
+
+    def end(self, count: int) -> None:
+        """End a block of this number of accesses."""
+        self._moments += count
+
+    def _forget(self) -> None:
+        """Number the moments anew, without those at which no key was touched last and no track ends."""
+        matters = np.zeros(self._moments, bool)
+        matters[self._last[self._last >= 0]] = True
+        for ends in self._ends:
+            matters[ends] = True
+        number = np.cumsum(matters) - 1
+        touched = self._last >= 0
+        self._last[touched] = number[self._last[touched]]
+        self._ends = [number[ends] for ends in self._ends]
+        self._moments = int(matters.sum())
+
+
+@kernel(inline=False)
+def _note(key, last, first, before):
+    """Fill before int32 [n] with the moments in last int32 [keys], and note there the accesses, from moment first on."""
+    for i in range(before.size):
+        own = np.uint32(key[np.uint64(i)])
+        before[np.uint64(i)] = last[own]
+        last[own] = first + i
+
+
+@kernel(inline=False)
+def _replay(tracks, before, first, hit):
+    """Fill hit uint8 [n] of accesses from moment first on, with before int32 [n]."""
+    none_until = 0  # moments before this one at which no track ends, as was seen
+    for i in range(hit.size):
+        touched, now = np.int64(before[np.uint64(i)]), first + i
+        hit[np.uint64(i)] = 0
+        if touched >= none_until:
+            if touched == now - 1:
+                hit[np.uint64(i)] = 1
+                continue
+            end = _last_end(tracks, touched)
+            if end < 0:
+                none_until = touched + 1
+            else:
+                hit[np.uint64(i)] = 1
+                _unmark(tracks, end)
+                _mark(tracks, now - 1)
+
+
+@kernel
+def _last_end(tracks, moment):
+    """Return the last moment, up to this one, at which a track ends; -1 if there is none."""
+    word = moment // _WORD
+    left = tracks.ends[np.uint64(word)] >> np.uint64(_WORD - 1 - moment % _WORD)
+    if left:
+        return moment - _zeros_below(left)
+    if word % _WORD:
+        word -= 1
+        left = tracks.words[np.uint64(word // _WORD)] >> np.uint64(_WORD - 1 - word % _WORD)
+        word = word - _zeros_below(left) if left else word // _WORD * _WORD
+    if not left:
+        group = word // _WORD - 1
+        while group >= 0 and not tracks.words[np.uint64(group)]:
+            group -= 1
+        if group < 0:
+            return -1
+        word = group * _WORD + _WORD - 1 - _zeros_below(tracks.words[np.uint64(group)])
+    return word * _WORD + _WORD - 1 - _zeros_below(tracks.ends[np.uint64(word)])
+
+
+@kernel
+def _zeros_below(word):
+    """Count the bits below the lowest that is 1; there is one."""
+    return count_ones((word - np.uint64(1)) & ~word)
+
+
+@kernel
+def _mark(tracks, moment):
+    """A track ends at a moment."""
+    word = np.uint64(moment) // np.uint64(_WORD)
+    tracks.ends[word] |= _bit(np.uint64(moment))
+    tracks.words[word // np.uint64(_WORD)] |= _bit(word)
+
+
+@kernel
+def _unmark(tracks, moment):
+    """No track ends at a moment any longer."""
+    word = np.uint64(moment) // np.uint64(_WORD)
+    tracks.ends[word] &= ~_bit(np.uint64(moment))
+    if not tracks.ends[word]:
+        tracks.words[word // np.uint64(_WORD)] &= ~_bit(word)
+
+
+@kernel
+def _bit(number):
+    """Return the bit of a number in its word: that of the first one is the highest, as the lowest 1 is found quickest."""
+    return np.uint64(1) << (np.uint64(_WORD - 1) - number % np.uint64(_WORD))
+
+
+@kernel(inline=False)
+def _mark_all(tracks, ends):
+    """Tracks end at moments int64 [tracks]."""
+    for i in range(ends.size):
+        _mark(tracks, ends[i])
+
+
+@kernel(inline=False)
+def _find_all(tracks, ends):
+    """Fill ends int64 [tracks] with the moments at which tracks end, in order."""
+    count = 0
+    for word in range(tracks.ends.size):
+        left = tracks.ends[word]
+        while left:
+            last = word * _WORD + _WORD - 1 - _zeros_below(left)
+            left &= left - np.uint64(1)
+            ends[count] = last
+            count += 1
