@@ -304,6 +304,15 @@ def _left_one_by_one(experts, layer, first, rows, num_experts, bits, left):
                 access += 1
 
 
+@kernel
+def _sum(hit):
+    """Count the hits of uint8 [n]: over a view from 0 on, as indices that may be negative are added one by one."""
+    hits = 0
+    for i in range(hit.size):
+        hits += np.int64(hit[i])
+    return hits
+
+
 @kernel(inline=False)
 def _tally(owners, key, hit, size, step_misses, totals, group_hits, few_misses):
     """Add the figures of a block to each phase's; fill step_misses int64 [steps], and return the most of a step."""

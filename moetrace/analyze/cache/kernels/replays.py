@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import Accesses
 from moetrace.analyze.cache.kernels import fifo as queue
-from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static, tracks
+from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static, tracks, waiting
 from moetrace.analyze.cache.kernels import sieve as with_hand
 from moetrace.spec.choices import CachePolicy, resolve
 
@@ -111,6 +111,19 @@ def _in_slots(rule: int, amounts: list[int], demands: Demands) -> Replay:
         hit = np.empty(block.key.size, np.uint8)
         for cache in caches:
             slots.replay_slots(cache, rule, block, next_use, hit)
+            yield hit
+
+    return replay
+
+
+def _lfu_in_cache_by_waiting(amounts: list[int], demands: Demands) -> Replay:
+    caches = [waiting.counted(demands.keys, amount) for amount in amounts]
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            waiting.replay_counted(cache, block, hit)
             yield hit
 
     return replay
@@ -233,6 +246,8 @@ def lfu(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 def lfu_in_cache(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert accessed least often since it was admitted."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _lfu_in_cache_by_waiting([budget.amount for budget in budgets], demands)
     return _ranked(eviction.LFU_IN_CACHE, budgets, demands)
 
 
