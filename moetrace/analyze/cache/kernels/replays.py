@@ -116,14 +116,14 @@ def _in_slots(rule: int, amounts: list[int], demands: Demands) -> Replay:
     return replay
 
 
-def _lfu_in_cache_by_waiting(amounts: list[int], demands: Demands) -> Replay:
-    caches = [waiting.counted(demands.keys, amount) for amount in amounts]
+def _each(caches: Sequence[Any], replay_cache: Callable) -> Replay:
+    """Replay caches one at a time, of equal sizes, that no future matters to: ``replay_cache(cache, block, hit)``."""
 
     def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
         del next_use
         hit = np.empty(block.key.size, np.uint8)
         for cache in caches:
-            waiting.replay_counted(cache, block, hit)
+            replay_cache(cache, block, hit)
             yield hit
 
     return replay
@@ -222,6 +222,8 @@ def fifo(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 def sieve(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the first that a hand finds not accessed."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _each([with_hand.sieve_row(demands.keys, budget.amount) for budget in budgets], with_hand.replay_row)
 
     def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
         with_hand.replay_sieve(cache, block, *how)
@@ -247,7 +249,7 @@ def lfu(budgets: Sequence[Budget], demands: Demands) -> Replay:
 def lfu_in_cache(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert accessed least often since it was admitted."""
     if _is_plain(budgets, demands) and demands.pools == 1:
-        return _lfu_in_cache_by_waiting([budget.amount for budget in budgets], demands)
+        return _each([waiting.counted(demands.keys, budget.amount) for budget in budgets], waiting.replay_counted)
     return _ranked(eviction.LFU_IN_CACHE, budgets, demands)
 
 
