@@ -129,9 +129,9 @@ def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarr
         _tally_recorded(owners, block.recorded, hit, tally.totals)
     if most >= _FEW:
         misses = np.diff(owners.bounds) - hits
-        for phase, counter in enumerate(tally.many_misses):
-            found, steps = np.unique(misses[(owners.phase == phase) & (misses >= _FEW)], return_counts=True)
-            counter.update(dict(zip(found.tolist(), steps.tolist(), strict=True)))
+        many = misses >= _FEW  # few steps of a block
+        for phase, count in zip(owners.phase[many].tolist(), misses[many].tolist(), strict=True):
+            tally.many_misses[phase][count] += 1
 
 
 def mark_hits(bits: np.ndarray, owners: Owners, hit: np.ndarray, number: int) -> None:
@@ -322,9 +322,7 @@ def _tally(owners, key, hit, size, step_hits, totals, group_hits, few_misses):
     most = 0
     for step in range(owners.phase.size):
         phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
-        hits, missed_bytes = 0, 0
-        for i in range(start, stop):
-            hits += hit[i] > 0  # NumPy alone would add in uint8
+        hits, missed_bytes = step_hits[step], 0
         misses = stop - start - hits
         if size.size == 1:
             missed_bytes = misses * size[0]
