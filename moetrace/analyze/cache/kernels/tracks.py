@@ -53,10 +53,11 @@ class BeladyCaches:
         moments = self._moments + before.size
         groups = -(-moments // _WORD**2)
         tracks = Tracks(np.zeros(groups * _WORD, np.uint64), np.zeros(groups, np.uint64))
-        _mark_all(tracks, self._ends[cache])
-        _replay(tracks, before, self._moments, hit)
-        self._ends[cache] = np.empty(self._tracks[cache], np.int64)
-        _find_all(tracks, self._ends[cache])
+        with np.errstate(over="ignore"):  # without Numba, a product that counts bits would warn
+            _mark_all(tracks, self._ends[cache])
+            _replay(tracks, before, self._moments, hit)
+            self._ends[cache] = np.empty(self._tracks[cache], np.int64)
+            _find_all(tracks, self._ends[cache])
 
     def end(self, count: int) -> None:
         """End a block of this number of accesses."""
@@ -90,39 +91,53 @@ def _replay(tracks, before, first, hit):
     none_until = 0  # moments before this one at which no track ends, as was seen
     for i in range(hit.size):
         touched, now = np.int64(before[np.uint64(i)]), first + i
-        hit[np.uint64(i)] = 0
-        if touched >= none_until:
-            if touched == now - 1:
-                hit[np.uint64(i)] = 1
-                continue
-            end = _last_end(tracks, touched)
-            if end < 0:
-                none_until = touched + 1
+        hits = touched >= none_until
+        if hits and touched != now - 1:  # else the span is of no access
+            if _take_last_end(tracks, np.uint64(touched)):
+                _mark(tracks, np.uint64(now - 1))
             else:
-                hit[np.uint64(i)] = 1
-                _unmark(tracks, end)
-                _mark(tracks, now - 1)
+                hits = False
+                none_until = touched + 1
+        hit[np.uint64(i)] = hits
 
 
 @kernel
-def _last_end(tracks, moment):
-    """Return the last moment, up to this one, at which a track ends; -1 if there is none."""
-    word = moment // _WORD
-    left = tracks.ends[np.uint64(word)] >> np.uint64(_WORD - 1 - moment % _WORD)
+def _take_last_end(tracks, moment):
+    """Unmark the last moment, up to this one, at which a track ends; return whether there is one.
+
+    Most often it is in the same word.
+    """
+    word, below = moment // np.uint64(_WORD), np.uint64(_WORD - 1) - moment % np.uint64(_WORD)
+    left = tracks.ends[word] >> below
     if left:
-        return moment - _zeros_below(left)
-    if word % _WORD:
-        word -= 1
-        left = tracks.words[np.uint64(word // _WORD)] >> np.uint64(_WORD - 1 - word % _WORD)
-        word = word - _zeros_below(left) if left else word // _WORD * _WORD
+        lowest = (left & (~left + np.uint64(1))) << below
+    else:
+        word = _last_word(tracks, np.int64(word) - 1)
+        if word < 0:
+            return False
+        word = np.uint64(word)
+        left = tracks.ends[word]
+        lowest = left & (~left + np.uint64(1))
+    left = tracks.ends[word] ^ lowest
+    tracks.ends[word] = left
     if not left:
-        group = word // _WORD - 1
-        while group >= 0 and not tracks.words[np.uint64(group)]:
-            group -= 1
-        if group < 0:
-            return -1
-        word = group * _WORD + _WORD - 1 - _zeros_below(tracks.words[np.uint64(group)])
-    return word * _WORD + _WORD - 1 - _zeros_below(tracks.ends[np.uint64(word)])
+        tracks.words[word // np.uint64(_WORD)] &= ~_bit(word)
+    return True
+
+
+@kernel
+def _last_word(tracks, word):
+    """Return the last word, up to this one, that is not 0; -1 if there is none."""
+    if word < 0:
+        return -1
+    group = word // _WORD
+    left = tracks.words[group] >> np.uint64(_WORD - 1 - word % _WORD)
+    if left:
+        return word - _zeros_below(left)
+    group -= 1
+    while group >= 0 and not tracks.words[group]:
+        group -= 1
+    return group * _WORD + _WORD - 1 - _zeros_below(tracks.words[group]) if group >= 0 else -1
 
 
 @kernel
@@ -134,18 +149,11 @@ def _zeros_below(word):
 @kernel
 def _mark(tracks, moment):
     """A track ends at a moment."""
-    word = np.uint64(moment) // np.uint64(_WORD)
-    tracks.ends[word] |= _bit(np.uint64(moment))
-    tracks.words[word // np.uint64(_WORD)] |= _bit(word)
-
-
-@kernel
-def _unmark(tracks, moment):
-    """No track ends at a moment any longer."""
-    word = np.uint64(moment) // np.uint64(_WORD)
-    tracks.ends[word] &= ~_bit(np.uint64(moment))
-    if not tracks.ends[word]:
-        tracks.words[word // np.uint64(_WORD)] &= ~_bit(word)
+    word = moment // np.uint64(_WORD)
+    before = tracks.ends[word]
+    tracks.ends[word] = before | _bit(moment)
+    if not before:
+        tracks.words[word // np.uint64(_WORD)] |= _bit(word)
 
 
 @kernel
@@ -158,7 +166,7 @@ def _bit(number):
 def _mark_all(tracks, ends):
     """Tracks end at moments int64 [tracks]."""
     for i in range(ends.size):
-        _mark(tracks, ends[i])
+        _mark(tracks, np.uint64(ends[i]))
 
 
 @kernel(inline=False)
