@@ -14,7 +14,7 @@ from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 # Columns of a tally's totals.
 HITS, MISSED_BYTES, RECORDED, AGREEING, WHOLE_ROWS, WHOLE_STEPS, RECORDED_HITS = range(7)
 _TOTALS = 7
-ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of demands
+ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of what was demanded
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
 _FEW = 4096  # misses of a step: how many steps have each number below stands in an array
 _DRAWS, _AT_A_TIME = 1000, 50
@@ -39,7 +39,7 @@ class HitTally(NamedTuple):
     # choices all hit, and accesses that hit by the record
     totals: np.ndarray
     group_hits: np.ndarray  # int64 [phases, groups]
-    few_misses: np.ndarray  # int64 [phases, _FEW]: how many steps had each number of misses
+    few_misses: np.ndarray  # int64 [phases, _FEW]: how many steps had so many misses
     many_misses: list[Counter[int]]  # [phases]: the same from _FEW on
 
     def step_misses(self, phases: Sequence[int]) -> Counter[int]:
@@ -122,14 +122,16 @@ def count_demand(demand: DemandCounts, block: Accesses, owners: Owners, num_expe
 
 def count_hits(tally: HitTally, block: Accesses, hit: np.ndarray, size: np.ndarray, owners: Owners) -> None:
     """Add the hits of a block: hit uint8 [n] of 0 and 1; size int64 [keys] in bytes, [1] if all are of the same."""
-    misses = np.empty(block.phase.size, np.int64)
-    most = _tally(owners, block.key, hit, size, misses, tally.totals, tally.group_hits, tally.few_misses)
+    hits = np.empty(block.phase.size, np.int64)
+    _sum_steps(owners.bounds, hit, hits)
+    most = _tally(owners, block.key, hit, size, hits, tally.totals, tally.group_hits, tally.few_misses)
     if block.recorded.size:
         _tally_recorded(owners, block.recorded, hit, tally.totals)
     if most >= _FEW:
-        for phase, counter in enumerate(tally.many_misses):
-            found, steps = np.unique(misses[(owners.phase == phase) & (misses >= _FEW)], return_counts=True)
-            counter.update(dict(zip(found.tolist(), steps.tolist(), strict=True)))
+        misses = np.diff(owners.bounds) - hits
+        many = misses >= _FEW  # few steps of a block
+        for phase, count in zip(owners.phase[many].tolist(), misses[many].tolist(), strict=True):
+            tally.many_misses[phase][count] += 1
 
 
 def mark_hits(bits: np.ndarray, owners: Owners, hit: np.ndarray, number: int) -> None:
@@ -305,14 +307,22 @@ def _left_one_by_one(experts, layer, first, rows, num_experts, bits, left):
 
 
 @kernel(inline=False)
-def _tally(owners, key, hit, size, step_misses, totals, group_hits, few_misses):
-    """Add the figures of a block to each phase's; fill step_misses int64 [steps], and return the most of a step."""
+def _sum_steps(bounds, hit, hits):
+    """Fill hits int64 [steps]. A pass of its own over views, whose indices are not negative: 0.1 ns an access, not 0.7."""
+    for step in range(hits.size):
+        own, count = hit[bounds[step] : bounds[step + 1]], 0
+        for i in range(own.size):
+            count += np.int64(own[i])
+        hits[step] = count
+
+
+@kernel(inline=False)
+def _tally(owners, key, hit, size, step_hits, totals, group_hits, few_misses):
+    """Add the figures of a block to each phase's; step_hits int64 [steps]. Return the most misses of a step."""
     most = 0
     for step in range(owners.phase.size):
         phase, start, stop = owners.phase[step], owners.bounds[step], owners.bounds[step + 1]
-        hits, missed_bytes = 0, 0
-        for i in range(start, stop):
-            hits += hit[i] > 0  # without `> 0`, plain Python would add in uint8
+        hits, missed_bytes = step_hits[step], 0
         misses = stop - start - hits
         if size.size == 1:
             missed_bytes = misses * size[0]
@@ -324,7 +334,6 @@ def _tally(owners, key, hit, size, step_misses, totals, group_hits, few_misses):
         totals[phase, MISSED_BYTES] += missed_bytes
         totals[phase, WHOLE_STEPS] += whole
         totals[phase, WHOLE_ROWS] += whole & (owners.single[step] > 0)
-        step_misses[step] = misses
         most = max(most, misses)
         if misses < few_misses.shape[1]:
             few_misses[phase, misses] += 1

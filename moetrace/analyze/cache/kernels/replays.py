@@ -11,7 +11,7 @@ import numpy as np
 from moetrace.analyze.cache import eviction
 from moetrace.analyze.cache.accesses import Accesses
 from moetrace.analyze.cache.kernels import fifo as queue
-from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static
+from moetrace.analyze.cache.kernels import ghosts, recent, scored, slots, stack, static, tracks, waiting
 from moetrace.analyze.cache.kernels import sieve as with_hand
 from moetrace.spec.choices import CachePolicy, resolve
 
@@ -116,6 +116,34 @@ def _in_slots(rule: int, amounts: list[int], demands: Demands) -> Replay:
     return replay
 
 
+def _each(caches: Sequence[Any], replay_cache: Callable) -> Replay:
+    """Replay caches one at a time, of equal sizes, that no future matters to: ``replay_cache(cache, block, hit)``."""
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
+        for cache in caches:
+            replay_cache(cache, block, hit)
+            yield hit
+
+    return replay
+
+
+def _belady_by_tracks(amounts: list[int], demands: Demands) -> Replay:
+    caches = tracks.BeladyCaches(demands.keys, amounts)
+
+    def replay(block: Accesses, next_use: np.ndarray) -> Iterator[np.ndarray]:
+        del next_use
+        hit = np.empty(block.key.size, np.uint8)
+        before = caches.begin(block)
+        for cache in range(len(amounts)):
+            caches.replay(cache, before, hit)
+            yield hit
+        caches.end(hit.size)
+
+    return replay
+
+
 def _with_ghosts(policy: int, amounts: list[int], demands: Demands) -> Replay:
     caches = [ghosts.queues(demands.keys, amount, demands.pools) for amount in amounts]
 
@@ -194,6 +222,8 @@ def fifo(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 def sieve(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the first that a hand finds not accessed."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _each([with_hand.sieve_row(demands.keys, budget.amount) for budget in budgets], with_hand.replay_row)
 
     def replay_cache(cache: Any, block: Accesses, _: np.ndarray, *how: Any) -> None:
         with_hand.replay_sieve(cache, block, *how)
@@ -218,11 +248,15 @@ def lfu(budgets: Sequence[Budget], demands: Demands) -> Replay:
 
 def lfu_in_cache(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert accessed least often since it was admitted."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _each([waiting.counted(demands.keys, budget.amount) for budget in budgets], waiting.replay_counted)
     return _ranked(eviction.LFU_IN_CACHE, budgets, demands)
 
 
 def belady(budgets: Sequence[Budget], demands: Demands) -> Replay:
     """Evict the expert whose next access is farthest."""
+    if _is_plain(budgets, demands) and demands.pools == 1:
+        return _belady_by_tracks([budget.amount for budget in budgets], demands)
     return _ranked(eviction.BELADY, budgets, demands)
 
 

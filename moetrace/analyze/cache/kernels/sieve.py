@@ -1,4 +1,8 @@
-"""Sieve (Zhang et al. 2024): a FIFO queue, and a hand that evicts the first key not accessed since it passed last."""
+"""Sieve (Zhang et al. 2024): a FIFO queue, and a hand that evicts the first key not accessed since it passed last.
+
+One at a time and of equal sizes, the queue lies in an array (`SieveRow`): the hand moves along it, and what it leaves
+there moves down to those that it left before. Else it is a linked list (`Sieve`).
+"""
 
 from typing import NamedTuple
 
@@ -23,6 +27,22 @@ class Sieve(NamedTuple):
     event: np.ndarray  # int64 [keys]: number of the first access of the last event that demanded it
 
 
+class SieveRow(NamedTuple):
+    """A cache of equal sizes for all layers: keys the hand has passed, a gap, and those to come, all by admission."""
+
+    capacity: int
+    # int32 [4 * capacity]: more than twice, so that what is to come seldom has to move down when it is at the end
+    row: np.ndarray
+    seen: np.ndarray  # uint8 [keys]: 0 = not resident, 2 if accessed since it was admitted or the hand passed, else 1
+    state: np.ndarray  # int64 [3]: how many were passed; where those to come begin and end
+
+
+def sieve_row(keys: int, capacity: int) -> SieveRow:
+    """Return an empty cache of `capacity` keys; 0 keeps nothing."""
+    capacity = min(capacity, keys)
+    return SieveRow(capacity, np.zeros(4 * capacity, np.int32), np.zeros(keys, np.uint8), np.zeros(3, np.int64))
+
+
 def sieve(weight: np.ndarray, capacity: int, pools: int) -> Sieve:
     """Return an empty cache of keys of `weight` (int64), with `capacity` in each of the pools."""
     ring = np.full(weight.size + pools, -1, np.int32)
@@ -36,6 +56,48 @@ def sieve(weight: np.ndarray, capacity: int, pools: int) -> Sieve:
 def replay_sieve(cache: Sieve, block: Accesses, layers: int, sequential: bool, hit: np.ndarray) -> None:
     """Replay the accesses of a block, filling hit uint8 [n]."""
     _replay(cache, block, layers, sequential, hit)
+
+
+def replay_row(cache: SieveRow, block: Accesses, hit: np.ndarray) -> None:
+    """Replay the accesses of a block one at a time, filling hit uint8 [n]."""
+    if cache.capacity:
+        _replay_row(cache, block.key, hit)
+    else:
+        hit[:] = 0
+
+
+@kernel(inline=False)
+def _replay_row(cache, key, hit):
+    """Replay key int32 [n], filling hit uint8 [n]."""
+    capacity, row, seen = cache.capacity, cache.row, cache.seen
+    passed, start, stop = cache.state[0], cache.state[1], cache.state[2]
+    for i in range(hit.size):
+        own = np.uint32(key[np.uint64(i)])
+        resident = seen[own] > 0
+        hit[np.uint64(i)] = resident
+        seen[own] = 2
+        if not resident:
+            seen[own] = 1
+            if passed + stop - start == capacity:
+                victim = np.uint32(row[np.uint64(start)])
+                while seen[victim] == 2:
+                    seen[victim] = 1
+                    row[np.uint64(passed)] = victim
+                    passed, start = passed + 1, start + 1
+                    if start == stop:
+                        passed, start, stop = 0, 0, passed
+                    victim = np.uint32(row[np.uint64(start)])
+                seen[victim] = 0
+                start += 1
+                if start == stop:
+                    passed, start, stop = 0, 0, passed
+            if stop == row.size:
+                for other in range(start, stop):
+                    row[passed + other - start] = row[other]
+                start, stop = passed, passed + stop - start
+            row[np.uint64(stop)] = own
+            stop += 1
+    cache.state[0], cache.state[1], cache.state[2] = passed, start, stop
 
 
 @kernel(inline=False)

@@ -263,7 +263,7 @@ def _newer(stack, moment):
     word, group = moment // _WORD, moment // _WORD**2
     # The bits above the moment's; by two shifts, as one of 64 would do nothing.
     above = stack.marks[word] >> np.uint64(moment % _WORD) >> np.uint64(1)
-    newer = _ones(above)
+    newer = count_ones(above)
     for other in range(word + 1, (group + 1) * _WORD):
         newer += stack.words[other]
     for other in range(group + 1, stack.groups.size):
@@ -272,7 +272,7 @@ def _newer(stack, moment):
 
 
 @kernel
-def _ones(word):
+def count_ones(word):
     """Count the bits of a word that are 1 (LLVM makes one instruction of this)."""
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
