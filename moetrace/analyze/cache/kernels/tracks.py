@@ -54,10 +54,7 @@ class BeladyCaches:
         groups = -(-moments // _WORD**2)
         tracks = Tracks(np.zeros(groups * _WORD, np.uint64), np.zeros(groups, np.uint64))
         with np.errstate(over="ignore"):  # without Numba, a product that counts bits would warn
-            _mark_all(tracks, self._ends[cache])
-            _replay(tracks, before, self._moments, hit)
-            self._ends[cache] = np.empty(self._tracks[cache], np.int32)
-            _find_all(tracks, self._ends[cache])
+            _replay(tracks, self._ends[cache], before, self._moments, hit)
 
     def end(self, count: int) -> None:
         """End a block of this number of accesses."""
@@ -87,8 +84,13 @@ def _note(key, last, first, before):
 
 
 @kernel(inline=False)
-def _replay(tracks, before, first, hit):
-    """Fill hit uint8 [n] of accesses from moment first on, with before int32 [n]."""
+def _replay(tracks, ends, before, first, hit):
+    """Fill hit uint8 [n] of accesses from moment first on, with before int32 [n]; ends int32 [tracks] become those after.
+
+    There is no end in ``tracks`` yet.
+    """
+    for i in range(ends.size):
+        _mark(tracks, np.uint64(ends[i]))
     none_until = 0  # moments before this one at which no track ends, as was seen
     for i in range(hit.size):
         touched, now = np.int64(before[np.uint64(i)]), first + i
@@ -100,6 +102,7 @@ def _replay(tracks, before, first, hit):
                 hits = False
                 none_until = touched + 1
         hit[np.uint64(i)] = hits
+    _find_all(tracks, ends)
 
 
 @kernel
@@ -163,14 +166,7 @@ def _bit(number):
     return np.uint64(1) << (np.uint64(_WORD - 1) - number % np.uint64(_WORD))
 
 
-@kernel(inline=False)
-def _mark_all(tracks, ends):
-    """Tracks end at moments int32 [tracks]."""
-    for i in range(ends.size):
-        _mark(tracks, np.uint64(ends[i]))
-
-
-@kernel(inline=False)
+@kernel
 def _find_all(tracks, ends):
     """Fill ends int32 [tracks] with the moments at which tracks end, in order."""
     count = 0
