@@ -49,7 +49,9 @@ def check(policy: str, trace: Trace, capacities: list[int], block_rows: int) -> 
     with NextUses(keys) as next_uses:
         next_uses.learn(parts)
         blocks = [(block, next_uses.of(block)) for block in parts]
-    demands = Demands(layers, experts, np.zeros(keys, np.int64), 1, True, trace.rows * trace.top_k, np.zeros(0, np.int64))
+    demands = Demands(
+        layers, experts, np.zeros(keys, np.int64), 1, True, trace.rows * trace.top_k, np.zeros(0, np.int64)
+    )
     replay = getattr(replays, policy)([Budget(capacity, False) for capacity in capacities], demands)
     found = [[hit.copy() for hit in replay(block, next_use)] for block, next_use in blocks]
     for cache, capacity in enumerate(capacities):
