@@ -31,13 +31,13 @@ def drawn(seed: int, layers: int, experts: int, rows: int) -> Trace:
 def slowly(policy: str, capacity: int, keys: int, blocks: list[tuple[Accesses, np.ndarray]]) -> list[np.ndarray]:
     """Which accesses hit, by the kernel that also knows events and weights."""
     weight, found = np.ones(keys, np.int64), []
-    cache = sieve(weight, capacity, 1) if policy == "sieve" else eviction.ranked_heap(weight, capacity, 1)
+    by_hand, ranked = sieve(weight, capacity, 1), eviction.ranked_heap(weight, capacity, 1)
     for block, next_use in blocks:
         hit = np.empty(block.key.size, np.uint8)
         if policy == "sieve":
-            replay_sieve(cache, block, 1, True, hit)
+            replay_sieve(by_hand, block, 1, True, hit)
         else:
-            eviction.evict_by_rank(cache, RULES[policy], block, next_use, 1, True, hit)
+            eviction.evict_by_rank(ranked, RULES[policy], block, next_use, 1, True, hit)
         found.append(hit)
     return found
 

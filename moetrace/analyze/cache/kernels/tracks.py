@@ -28,7 +28,7 @@ class Tracks(NamedTuple):
 
 
 class BeladyCaches:
-    """Caches of some capacities in keys. They share the numbers of moments: of accesses, and some before all of them."""
+    """Caches of some capacities in keys. They share the numbers of moments, of accesses and some before."""
 
     def __init__(self, keys: int, capacities: list[int]) -> None:
         """Take a number of keys, and empty caches."""
@@ -67,9 +67,7 @@ class BeladyCaches:
         for ends in self._ends:
             matters[ends] = True
         kept = np.flatnonzero(matters)
-        number = np.empty(
-            self._moments, np.int32
-        )  # of the others nothing is asked; a cumsum would take 10 times as long
+        number = np.empty(self._moments, np.int32)  # a cumsum takes 10 times as long
         number[kept] = np.arange(kept.size)
         self._last[touched] = number[self._last[touched]]
         self._ends = [number[ends] for ends in self._ends]
@@ -78,7 +76,7 @@ class BeladyCaches:
 
 @kernel(inline=False)
 def _note(key, last, first, before):
-    """Fill before int32 [n] with the moments in last int32 [keys], and note there the accesses, from moment first on."""
+    """Fill before int32 [n] with the moments in last int32 [keys]; note there the accesses, from moment first on."""
     for i in range(before.size):
         own = np.uint32(key[np.uint64(i)])
         before[np.uint64(i)] = last[own]
@@ -87,9 +85,9 @@ def _note(key, last, first, before):
 
 @kernel(inline=False)
 def _replay(tracks, ends, before, first, hit):
-    """Fill hit uint8 [n] of accesses from moment first on, with before int32 [n]; ends int32 [tracks] become those after.
+    """Fill hit uint8 [n] of accesses from moment first on, with before int32 [n].
 
-    There is no end in ``tracks`` yet.
+    ``tracks`` has no end yet; ends int32 [tracks] are those before the block, and become those after it.
     """
     for i in range(ends.size):
         _mark(tracks, np.uint64(ends[i]))
@@ -164,7 +162,7 @@ def _mark(tracks, moment):
 
 @kernel
 def _bit(number):
-    """Return the bit of a number in its word: that of the first one is the highest, as the lowest 1 is found quickest."""
+    """Return the bit of a number in its word: the first one's is the highest, as the lowest 1 is found quickest."""
     return np.uint64(1) << (np.uint64(_WORD - 1) - number % np.uint64(_WORD))
 
 
