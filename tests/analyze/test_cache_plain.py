@@ -31,13 +31,13 @@ def drawn(seed: int, layers: int, experts: int, rows: int) -> Trace:
 def slowly(policy: str, capacity: int, keys: int, blocks: list[tuple[Accesses, np.ndarray]]) -> list[np.ndarray]:
     """Which accesses hit, by the kernel that also knows events and weights."""
     weight, found = np.ones(keys, np.int64), []
-    cache = sieve(weight, capacity, 1) if policy == "sieve" else eviction.ranked_heap(weight, capacity, 1)
+    by_hand, ranked = sieve(weight, capacity, 1), eviction.ranked_heap(weight, capacity, 1)
     for block, next_use in blocks:
         hit = np.empty(block.key.size, np.uint8)
         if policy == "sieve":
-            replay_sieve(cache, block, 1, True, hit)
+            replay_sieve(by_hand, block, 1, True, hit)
         else:
-            eviction.evict_by_rank(cache, RULES[policy], block, next_use, 1, True, hit)
+            eviction.evict_by_rank(ranked, RULES[policy], block, next_use, 1, True, hit)
         found.append(hit)
     return found
 
@@ -49,7 +49,9 @@ def check(policy: str, trace: Trace, capacities: list[int], block_rows: int) -> 
     with NextUses(keys) as next_uses:
         next_uses.learn(parts)
         blocks = [(block, next_uses.of(block)) for block in parts]
-    demands = Demands(layers, experts, np.zeros(keys, np.int64), 1, True, trace.rows * trace.top_k, np.zeros(0, np.int64))
+    demands = Demands(
+        layers, experts, np.zeros(keys, np.int64), 1, True, trace.rows * trace.top_k, np.zeros(0, np.int64)
+    )
     replay = getattr(replays, policy)([Budget(capacity, False) for capacity in capacities], demands)
     found = [[hit.copy() for hit in replay(block, next_use)] for block, next_use in blocks]
     for cache, capacity in enumerate(capacities):
