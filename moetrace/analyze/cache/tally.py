@@ -14,7 +14,7 @@ from moetrace.trace.schema import NOT_RECORDED, PHASE_NAMES
 # Columns of a tally's totals.
 HITS, MISSED_BYTES, RECORDED, AGREEING, WHOLE_ROWS, WHOLE_STEPS, RECORDED_HITS = range(7)
 _TOTALS = 7
-ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of what was demanded
+ACCESSED, COMPULSORY, STEPS, CHOOSING_ROWS, CHOOSING_STEPS = range(5)  # columns of demands
 MAX_GROUPS = 4096  # of requests, that a bootstrap draws from
 _FEW = 4096  # misses of a step: how many steps have each number below stands in an array
 _DRAWS, _AT_A_TIME = 1000, 50
@@ -39,7 +39,7 @@ class HitTally(NamedTuple):
     # choices all hit, and accesses that hit by the record
     totals: np.ndarray
     group_hits: np.ndarray  # int64 [phases, groups]
-    few_misses: np.ndarray  # int64 [phases, _FEW]: how many steps had so many misses
+    few_misses: np.ndarray  # int64 [phases, _FEW]: how many steps had each number of misses
     many_misses: list[Counter[int]]  # [phases]: the same from _FEW on
 
     def step_misses(self, phases: Sequence[int]) -> Counter[int]:

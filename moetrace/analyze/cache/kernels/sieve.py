@@ -31,7 +31,7 @@ class SieveRow(NamedTuple):
     """A cache of equal sizes for all layers: keys the hand has passed, a gap, and those to come, all by admission."""
 
     capacity: int
-    # int32 [4 * capacity]: more than twice, so that what is to come seldom has to move down when it is at the end
+    # int32 [4 * capacity]: more than twice, so that the later part seldom has to move down when the end is reached
     row: np.ndarray
     seen: np.ndarray  # uint8 [keys]: 0 = not resident, 2 if accessed since it was admitted or the hand passed, else 1
     state: np.ndarray  # int64 [3]: how many were passed; where those to come begin and end
