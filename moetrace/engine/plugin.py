@@ -1,5 +1,6 @@
 """The one door for policies: ``@policy`` compiles a hook, a built-in one as well as a user's own."""
 
+import dis
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -77,6 +78,11 @@ def _compile(function: Callable, decides: bool) -> Any:
         raise UsageError(f"{where} takes {len(parameters)} arguments, but a policy takes ({', '.join(ARGUMENTS)}).")
     if PURE_PYTHON:
         return function
+    if is_users(function) and "print" not in function.__globals__ and (line := _line_of(function, "print")):
+        # a printed number never returned from compiled code, and SIGINT did not end the process
+        raise UsageError(
+            f"{where} prints{line}, which compiled code cannot; with NUMBA_DISABLE_JIT=1 it runs as plain Python."
+        )
     from numba.core.errors import NumbaError
 
     from moetrace.engine.state import hook_signature
@@ -87,14 +93,11 @@ def _compile(function: Callable, decides: bool) -> Any:
     try:
         dispatcher.compile(hook.args)
     except NumbaError as error:
-        said = (
-            RETURNS
-            if RETURNS in str(error)
-            else f"is not a policy: {_cause(error, decides, Path(function.__code__.co_filename).name)}"
-        )
+        said = RETURNS if RETURNS in str(error) else f"is not a policy: {_cause(error, decides, function)}"
         raise UsageError(f"{where} {said}") from error
     except KeyError as error:  # what Numba says of a record without such a field
-        raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks.") from error
+        line = _line_of(function, str(error.args[0]))
+        raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks{line}.") from error
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
     dispatcher.disable_compile()
@@ -248,19 +251,35 @@ def _where(function: Callable) -> str:
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: {function.__name__}"
 
 
-def _cause(error: Exception, decides: bool, file: str) -> str:
-    """Return what Numba found, in one line, with the line of the user's ``file`` where it says so."""
+def _line_of(function: Callable, name: str) -> str:
+    """Return where a function first names something, as `` (mine.py, line 7)``; nothing if it does not."""
+    line = function.__code__.co_firstlineno
+    for each in dis.get_instructions(function):
+        line = each.starts_line if type(each.starts_line) is int else getattr(each.positions, "lineno", None) or line
+        if each.argval == name and each.opname.startswith("LOAD_"):
+            return f" ({Path(function.__code__.co_filename).name}, line {line})"
+    return ""
+
+
+def _cause(error: Exception, decides: bool, function: Callable) -> str:
+    """Return what Numba found, in one line, with the line of the user's file where it is known."""
+    file = Path(function.__code__.co_filename).name
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    found = re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) + re.findall(r"([^/\\\n]+) \((\d+)\)$", text, re.M)
-    lines = [line for line in found if line[0] == file]
+    named = re.findall(r'File "[^"]*?([^"/\\]+)", line (\d+)', text) + re.findall(r"([^/\\\n]+) \((\d+)\)$", text, re.M)
+    lines = [line for line in named if line[0] == file]
+    undefined = re.search(r"name '(\w+)' is not defined", text)
+    call = re.search(r"No implementation of function .* found for signature:\s*>>> (.+)", text)
     attribute = re.search(r"Unknown attribute '(\w+)' of type (\w+)", text)
     if attribute:
         names = {"UsersView": "view", "Array": "an array", "Record": "a record", "ReadingRecord": "a record"}
         cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
     elif READS_ONLY in text or "readonly array" in text:
         cause = f"{READS_ONLY}: a {'dispatch' if decides else 'residency'} may write into {_MAY_WRITE[decides]} only"
+    elif call:
+        cause = f"Numba knows no {call[1].strip()}"
     else:
         parts = [part.strip() for part in text.splitlines() if part.strip()]
         cause = next((part for part in parts if not part.startswith(("Failed in", "During", "-", "File"))), parts[0])
     cause = cause if len(cause) <= 160 else f"{cause[:159]}…"
-    return f"{cause.rstrip('.')}{f' ({lines[0][0]}, line {lines[0][1]})' if lines else ''}."
+    found = f" ({file}, line {lines[0][1]})" if lines else _line_of(function, undefined[1]) if undefined else ""
+    return f"{cause.rstrip('.')}{found}."

@@ -24,6 +24,9 @@ GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size)
             r"bad.py:1: mine takes 4 arguments, but a policy takes \(state, view",
         ),
         (GOOD + "    return 1.5\n", r"bad.py:1: mine returns a value, but a policy returns nothing"),
+        (GOOD.replace("plan[i] = 1", "print(i)"), r"bad.py:1: mine prints \(bad.py, line 3\), .*NUMBA_DISABLE_JIT=1"),
+        (GOOD.replace("plan[i] = 1", "plan[i] = here"), r"name 'here' is not defined \(bad.py, line 3\)"),
+        (GOOD.replace("plan[i] = 1", "plan[i] = 'gpu'"), r"Numba knows no setitem\(.*\(gpu\)\) \(bad.py, line 3\)"),
         (GOOD.replace("plan[i] = 1", "plan[i] = view.hotness"), r"no 'hotness' in view \(bad.py, line 3\)"),
         (
             GOOD.replace("plan[i] = 1", "plan[i] = view.active[i].heat"),
