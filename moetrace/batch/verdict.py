@@ -1,7 +1,9 @@
 """One cell against its baseline: what moved, which way, and what can have moved it."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moetrace.batch.baseline import Baseline, BaselineCell, Input
@@ -15,6 +17,7 @@ Verdict = Literal["worse", "missing", "changed", "better", "new", "same"]
 VERDICTS: tuple[Verdict, ...] = ("worse", "missing", "changed", "better", "new", "same")
 _SHOWN_FIELDS = 3
 _LONGEST_VALUE = 40
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Moved(NamedTuple):
@@ -142,12 +145,21 @@ def _input_change(kind: str, cell: ResultCell, was: Input, now: Input, specs: Ma
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         before, after = dict(_leaves(old)), dict(_leaves(new))
         fields = [key for key in {**before, **after} if key != "name" and before.get(key) != after.get(key)]
-        said = [f"{key} {_value(before.get(key))} -> {_value(after.get(key))}" for key in fields]
+        names = {key: _file_of(key, cell) if kind == "files" else key for key in fields}
+        said = [f"{names[key]} {_value(before.get(key))} -> {_value(after.get(key))}" for key in fields]
         if len(said) > _SHOWN_FIELDS:
             said = [*said[:_SHOWN_FIELDS], f"and {len(said) - _SHOWN_FIELDS} more"]
         if said:
             return f"{kind} changed: {', '.join(said)}"
     return f"{kind} changed: {_value(was)} -> {_value(now)}"
+
+
+def _file_of(field: str, cell: ResultCell) -> str:
+    """`idea.py (policy.dispatch)`: the file that a field of a spec names; the field alone if that is not known."""
+    kind, _, name = field.partition(".")
+    given = dict(_leaves(cell.inputs.get(kind))).get(name)
+    file = Path(str(given).rpartition(":")[0] or str(given)).name if isinstance(given, str) else ""
+    return f"{file} ({field})" if "." in file else field
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
@@ -161,5 +173,7 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 def _value(value: object) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

@@ -103,13 +103,13 @@ def test_the_input_that_changed_is_named(tmp_path, policy, changed, inputs, why)
 def test_the_content_of_a_policys_files_is_an_input(tmp_path):
     """Of a sweep, that is: it notes the hash of each, and other inputs that a cell may have."""
     baseline = tmp_path / "b.json"
-    files = {"policy.dispatch": "12" * 32}
-    mt.gate(sweep(tmp_path / "s", {"a": summary()}, files=files, ignore_capacity=True), baseline, update=True)
+    files, cells = {"policy.dispatch": "12" * 32}, {"a": summary({"dispatch": "policies/idea.py:mine"})}
+    mt.gate(sweep(tmp_path / "s", cells, files=files, ignore_capacity=True), baseline, update=True)
     assert mt.gate(tmp_path / "s", baseline).passed
-    edited = sweep(tmp_path / "s", {"a": summary()}, files={"policy.dispatch": "34" * 32}, ignore_capacity=False)
+    edited = sweep(tmp_path / "s", cells, files={"policy.dispatch": "34" * 32}, ignore_capacity=False)
     (cell,) = mt.gate(edited, baseline).cells
     assert (cell.verdict, cell.inputs) == ("changed", ("files", "ignore_capacity"))
-    assert "files changed: policy.dispatch 1212" in cell.why
+    assert "files changed: idea.py (policy.dispatch) 121212121212 -> 343434343434" in cell.why
     assert "ignore_capacity changed: true -> none" in cell.why
 
 
