@@ -33,7 +33,7 @@ class BeladyCaches:
     def __init__(self, keys: int, capacities: list[int]) -> None:
         """Take a number of keys, and empty caches."""
         self._tracks = [min(capacity, keys) - 1 for capacity in capacities]  # -1: a cache that keeps nothing
-        self._moments = max(0, *self._tracks)
+        self._moments = max([0, *self._tracks])
         # Tracks without a span end before all accesses, each at a moment of its own.
         self._ends = [np.arange(self._moments - count, self._moments, dtype=np.int32) for count in self._tracks]
         self._last = np.full(keys, -1, np.int32)
