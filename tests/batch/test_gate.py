@@ -103,7 +103,8 @@ def test_the_input_that_changed_is_named(tmp_path, policy, changed, inputs, why)
 def test_the_content_of_a_policys_files_is_an_input(tmp_path):
     """Of a sweep, that is: it notes the hash of each, and other inputs that a cell may have."""
     baseline = tmp_path / "b.json"
-    files, cells = {"policy.dispatch": "12" * 32}, {"a": summary({"dispatch": "policies/idea.py:mine"})}
+    files, choices = {"policy.dispatch": "12" * 32}, FIGURES["choices"] | {"dispatch": "policies/idea.py:mine"}
+    cells = {"a": summary({"choices": choices})}
     mt.gate(sweep(tmp_path / "s", cells, files=files, ignore_capacity=True), baseline, update=True)
     assert mt.gate(tmp_path / "s", baseline).passed
     edited = sweep(tmp_path / "s", cells, files={"policy.dispatch": "34" * 32}, ignore_capacity=False)
