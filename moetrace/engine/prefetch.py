@@ -102,15 +102,6 @@ def note_late(queue, key):
 
 
 @kernel
-def restore(queue, key, moved_bytes, late):
-    """Restore a re-queued entry's progress and late flag."""
-    queue.moved_bytes[key] = moved_bytes
-    queue.late[key] = late
-    if is_complete(queue, key):
-        queue.ends[COMPLETE] += 1
-
-
-@kernel
 def _trim(queue):
     """Let the queue begin with an entry that has not left."""
     head, tail = queue.ends[HEAD], queue.ends[TAIL]

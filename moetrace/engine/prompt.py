@@ -164,9 +164,9 @@ def _is_wanted(counts, e, threshold, most_tied):
 
 @kernel
 def _threshold_of(counts, most, experts):
-    """Return from which count on experts are wanted, found by halving, as counting many at once is cheap.
+    """Return the least count of which all experts are wanted, found by halving, as counting many at once is cheap.
 
-    And of which layer of the pool, below which expert, the last of those counted once less is wanted; 0 and 0 = none.
+    And where those with one count less stop being wanted: a layer of the pool and an expert in it, 0 and 0 = none.
     """
     highest = 0
     for i in range(counts.size):
