@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -14,12 +15,13 @@ from moetrace.engine.residency import unchanged
 from moetrace.engine.state import CPU, DISPATCH, OWN, RESIDENCY, UsersView
 from moetrace.engine.tiers.tier_records import TERM
 from moetrace.jit.compile import PURE_PYTHON, kernel
+from moetrace.jit.dispatchers import settle
 from moetrace.jit.refusals import READS_ONLY, RETURNS
 from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
 from moetrace.spec.named import nearest
 
-_ENGINE = Path(__file__).parent
+_ENGINE = f"{Path(__file__).parent}{os.sep}"
 _MAY_WRITE = {True: "plan, state, view.memory and view.groups", False: "state and view.memory"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 
@@ -100,7 +102,7 @@ def _compile(function: Callable, decides: bool) -> Any:
         raise UsageError(f"{where} is not a policy: there is no {error} in the record that it asks{line}.") from error
     except NotImplementedError as error:  # what Numba says of an assignment to the view, among others
         raise UsageError(f"{where} is not a policy: it does what Numba cannot compile; view is for reading.") from error
-    dispatcher.disable_compile()
+    settle(dispatcher)
     dispatcher.is_policy, dispatcher.py_func = True, function  # by whose name it is shown
     return dispatcher
 
@@ -221,7 +223,7 @@ _kept_hook = cache(_hook)
 
 def is_users(function: Callable) -> bool:
     """Whether a hook, compiled or not, is a user's or another package's."""
-    return not Path(getattr(function, "py_func", function).__code__.co_filename).is_relative_to(_ENGINE)
+    return not getattr(function, "py_func", function).__code__.co_filename.startswith(_ENGINE)
 
 
 def weighs_gates(hook: Callable) -> bool:

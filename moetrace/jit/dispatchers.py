@@ -51,6 +51,18 @@ def _checked(compile_here: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return compile_it
 
 
+def settle(dispatcher: Any) -> None:
+    """Let a dispatcher that kernels are given compile no more, and say at once where its code lies.
+
+    Numba looks that up, by hashes of all types, in each call of the kernel: 0.5 ms for the hooks of a block.
+    """
+    dispatcher.disable_compile()
+    ((types_of, compiled),) = dispatcher.overloads.items()
+    look_up, library = dispatcher.get_compile_result, compiled.library
+    dispatcher.get_compile_result = lambda sig: compiled if sig.args == types_of else look_up(sig)
+    library.get_pointer_to_function = cache(library.get_pointer_to_function)
+
+
 def part(function: Callable, options: dict[str, Any]) -> Any:
     """Return the dispatcher of a kernel where another one names it, for which a constant is a number like any other.
 

@@ -76,6 +76,7 @@ def _same_for_reading(typingctx: Any, array: Any) -> Any:
 
 def nothing(returned: None) -> None:
     """Take what a function returned, which must be nothing: anything else is refused when it is compiled."""
+    return  # as of `unchanged`
 
 
 @overload(nothing, strict=False)
