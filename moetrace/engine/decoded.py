@@ -1,5 +1,6 @@
 """A trace ready for the kernels: the requests of each step, and blocks decoded once for all replays over them."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from functools import cached_property
@@ -20,6 +21,12 @@ from moetrace.spec.policy import PolicySpec
 from moetrace.spec.system import System
 from moetrace.trace.format import Block, Trace
 from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
+
+# A trace that decodes to no more is decoded before its replay: some policies look at all of it first.
+SMALL_BYTES = 96 << 20
+KEPT_AT_ONCE = 64  # blocks of such a trace that are waiting or being decoded
+# Threads share the work on a trace of this many blocks evenly; in blocks of fewer ids each costs more than it brings.
+MANY_BLOCKS, FEW_IDS_BYTES = 8, 64 << 10
 
 
 class Needs(NamedTuple):
@@ -65,12 +72,17 @@ class Decoded:
     Kept batches serve any number of passes, from several threads too, and outlive the trace's file.
     """
 
-    def __init__(self, trace: Trace, needs: Needs, keep_bytes: int = 0):
-        """Read who is in which step; read and keep all else if that takes at most ``keep_bytes`` of memory."""
+    def __init__(self, trace: Trace, needs: Needs, keep_bytes: int = 0, pool: Executor | None = None):
+        """Read who is in which step; read and keep all else if that takes at most ``keep_bytes`` of memory.
+
+        With a pool, blocks that are kept are decoded in its threads.
+        """
         self.trace = trace
         self.needs = needs
         self.schedule = schedule_of(trace)
-        self._kept = list(self._decode(None, needs.gates)) if decoded_bytes(trace, needs) <= keep_bytes else None
+        self._kept: list[tuple[Batch, int]] | None = None
+        if decoded_bytes(trace, needs) <= keep_bytes:
+            self._kept = list(self._decode(pool, needs.gates, KEPT_AT_ONCE))
 
     def batches(self, pool: Executor | None = None, gates: bool = False) -> Iterator[tuple[Batch, int]]:
         """Yield each block ready for the kernels, and its rows; with a pool the next one is made meanwhile.
@@ -129,7 +141,7 @@ class Decoded:
             nobody = Demand(np.zeros(block.steps * self.trace.layers + 1, np.int64), none, none, none, np.zeros(0))
             yield _batch(block, nobody, self.schedule, self.needs, None)
 
-    def _decode(self, pool: Executor | None, gates: bool) -> Iterator[tuple[Batch, int]]:
+    def _decode(self, pool: Executor | None, gates: bool, at_once: int = 1) -> Iterator[tuple[Batch, int]]:
         trace, schedule = self.trace, self.schedule
         next_steps = None
         if self.needs.next_steps:
@@ -146,18 +158,20 @@ class Decoded:
             own_gates = _gates(trace, block) if self.needs.each_gate else None
             return _batch(block, demand, schedule, self.needs, own_gates), int(block.offset[block.steps])
 
-        blocks = trace.compared_blocks(_ahead_steps(trace, self.needs))
+        ahead = _ahead_steps(trace, self.needs)
         if pool is None:
-            yield from map(prepare, blocks)
+            yield from map(prepare, trace.compared_blocks(ahead))
             return
-        coming: Future | None = None
-        for block in blocks:
-            ready = coming.result() if coming else None  # one at a time: what looks ahead reads the blocks in order
-            coming = pool.submit(prepare, block)
+        coming: deque[Future] = deque()
+        for block in trace.compared_blocks(ahead, _few_rows(trace)):
+            # One at a time where next steps are asked for: that looks ahead, and reads the blocks in order.
+            many = len(coming) >= (at_once if next_steps is None else 1)
+            ready = coming.popleft().result() if many else None
+            coming.append(pool.submit(prepare, block))
             if ready is not None:
                 yield ready
-        if coming is not None:
-            yield coming.result()
+        for last in coming:
+            yield last.result()
 
 
 def may_be_users(policy: PolicySpec) -> bool:
@@ -179,6 +193,11 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
     total += 4 * ids if needs.each_gate and "gates" in trace.has else 0
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
+
+
+def _few_rows(trace: Trace) -> int:
+    """Return the most rows of a block where threads share the work."""
+    return max(1, min(BLOCK_BYTES, max(FEW_IDS_BYTES, trace.rows * trace.id_bytes // MANY_BLOCKS)) // trace.id_bytes)
 
 
 def _ahead_steps(trace: Trace, needs: Needs) -> int:

@@ -12,6 +12,7 @@ from moetrace.engine.lower_bound import add_to_lower_bound, new_lower_bound, sec
 from moetrace.engine.machine import Machine
 from moetrace.engine.plugin import is_users
 from moetrace.engine.prompt import Prompts, emptied, prompts_of
+from moetrace.engine.relay import UNDER_WAY
 from moetrace.engine.replay import Batch
 from moetrace.engine.residency import empty_cells
 from moetrace.engine.schedule import Requests
@@ -36,11 +37,10 @@ class Yardstick:
 
     def advance(self, batch: Batch) -> None:
         """Add a block, unless that was done."""
-        with self._lock:
-            if batch.steps.first < self._next_step:
-                return
-            self._next_step = batch.steps.first + len(batch.steps.rows)
-        self.seconds = self._add(batch, self.seconds)  # the other lanes do not need it before the pass ends
+        with self._lock:  # another lane may be ready for the next block before this one is added
+            if batch.steps.first >= self._next_step:
+                self._next_step = batch.steps.first + len(batch.steps.rows)
+                self.seconds = self._add(batch, self.seconds)
 
 
 class PromptBooks:
@@ -51,21 +51,22 @@ class PromptBooks:
 
     def __init__(self, prompts: Prompts) -> None:
         """Take the books before the first step."""
-        self._before = self._after = prompts
-        self._first_step, self._lock = 0, threading.Lock()
+        self._before = {0: prompts}  # a block's first step -> the books before it
+        self._lock = threading.Lock()
 
-    def lend(self, first_step: int) -> Prompts:
-        """Return the books as they are before the block that begins with a step; no lane is in an earlier one."""
+    def lend(self, batch: Batch) -> Prompts:
+        """Return a copy of the books as they are before a block."""
         with self._lock:
-            if first_step > self._first_step:
-                self._before, self._first_step = self._after, first_step
-            before = self._before
+            before = self._before[batch.steps.first]
         mine = {name: getattr(before, name).copy() for name in ("counts", "total", "cursor")}
         return before._replace(**mine)
 
-    def give_back(self, prompts: Prompts) -> None:
+    def give_back(self, batch: Batch, prompts: Prompts) -> None:
         """Take the books of a lane that came through the block."""
-        self._after = prompts
+        with self._lock:
+            self._before.setdefault(batch.steps.first + len(batch.steps.rows), prompts)
+            while len(self._before) > UNDER_WAY + 1:
+                del self._before[min(self._before)]
 
 
 class InCommon:
@@ -82,7 +83,7 @@ class InCommon:
 
     def machine(self, machine: Machine) -> Machine:
         """Return the machine, or one that is the same in every number."""
-        return self._machines.setdefault(_digest(machine), machine)
+        return self._machines.setdefault(_key_of(machine), machine)
 
     def prompts(self, requests: Requests, counts: bool, cells: int) -> Prompts:
         """Return new books of prompts, empty if nothing `counts` them; when requests end stands in one place."""
@@ -114,12 +115,13 @@ class InCommon:
             own = batch if remote is None else remote.split(batch)[0]
             return work_bound_s(own.steps, own.demand, machine, seconds)
 
-        key = "work", _digest((machine.device[:1], machine.work, machine.weight_bytes)), remote and remote.key
+        key = "work", _digest((machine.device[:1], machine.work, *_weights_of(machine))), remote and remote.key
         return self._found.setdefault(key, Yardstick(add))
 
     def lower_bound(self, machine: Machine, room: int, starts_full: bool) -> Yardstick:
         """Return the lower bound of a machine whose GPU holds ``room`` experts, from the start if ``starts_full``."""
-        key = "lower", _digest((machine.device, machine.link, machine.work, machine.weight_bytes)), machine.share, room
+        parts = machine.device, machine.link, machine.work, *_weights_of(machine)
+        key = "lower", _digest(parts), machine.share, room
         key = *key, starts_full
         if key not in self._found:
             bound = new_lower_bound(machine, room, starts_full)
@@ -142,7 +144,7 @@ class InCommon:
         if tiers is not None and remote is not None:
             tiers = tiers._replace(term=tiers.term.copy())  # which it writes into, in another thread than the lane
         seen = tuple(setting[name].tobytes() for name in _SEEN)
-        key = "clairvoyant", _digest(machine), tiers and _digest((tiers.term, tiers.cpu)), seen, dispatch
+        key = "clairvoyant", _key_of(machine), tiers and _digest((tiers.term, tiers.cpu)), seen, dispatch
         key = *key, remote and remote.key
         if key in self._found:
             return self._found[key]
@@ -163,6 +165,16 @@ class InCommon:
         if not is_users(dispatch):
             self._found[key] = yardstick
         return yardstick
+
+
+def _key_of(machine: Machine) -> bytes:
+    """Return a hash of everything in a machine."""
+    return _digest((*machine._replace(weight_bytes=np.zeros(0)), *_weights_of(machine)))
+
+
+def _weights_of(machine: Machine) -> tuple[Any, ...]:
+    """Return all that is to be hashed of a machine's weights: not every expert's, where all have the same."""
+    return (*machine.weight_bytes.shape, machine.even_bytes or machine.weight_bytes)
 
 
 def _digest(parts: Any) -> bytes:

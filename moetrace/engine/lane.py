@@ -110,7 +110,7 @@ class Lane:
             if self.aside.levels is not None:
                 self.level_steps = records(len(batch.steps.rows), STEP_LEVEL)
         if self.books is not None:
-            self.state = self.state._replace(prompts=self.books.lend(batch.steps.first))
+            self.state = self.state._replace(prompts=self.books.lend(batch))
         if self.remote is not None and self.tiers is not None:
             whole, (batch, times) = batch, self.remote.split(batch)
             self.tiers = self.tiers._replace(remote=times)
@@ -137,7 +137,7 @@ class Lane:
             self.folded.add(batch.steps.first, self.log.step)
             self.log = self.log._replace(step=new_steps(0))
         if self.books is not None:
-            self.books.give_back(self.state.prompts)
+            self.books.give_back(whole, self.state.prompts)
             self.state = self.state._replace(prompts=None)
         self.last_s = thread_time() - begun_s
 

@@ -4,21 +4,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from moetrace.engine.cluster.cluster_lane import ClusterLane, cluster_lane
 from moetrace.engine.decision_log import DecisionLog
-from moetrace.engine.decoded import Decoded, needs_of
+from moetrace.engine.decoded import SMALL_BYTES, Decoded, needs_of
 from moetrace.engine.demand import Popularity, count_experts, new_popularity, without_ahead
 from moetrace.engine.folding import StepStore
 from moetrace.engine.in_common import InCommon
 from moetrace.engine.lane import Lane, lane_of
 from moetrace.engine.plugin import is_users
 from moetrace.engine.recording import Recording
-from moetrace.engine.replay import Batch
+from moetrace.engine.relay import Relay, Walker
 from moetrace.engine.schedule import Schedule
 from moetrace.engine.setup import Setup, check_ids_of, check_setup, weight_bytes_of
-from moetrace.jit.apart import Hands, may_wait, result_of
+from moetrace.jit.apart import Hands, may_wait
 from moetrace.jit.compile import compile_now
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.model import Model
@@ -92,15 +93,16 @@ def run_setups(
     checked = [_attempt(check_setup, _trace_of(trace), setup) for setup in setups]
     if all(isinstance(one, MoetraceError) for one in checked):
         return [one for one in checked if isinstance(one, MoetraceError)]
-    if isinstance(trace, Trace):
-        policies = [policy for setup in setups for policy in setup.policies]
-        trace = Decoded(trace, needs_of(policies, (setup.system for setup in setups)))
-    common = InCommon()
-    begun = [
-        one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, store)
-        for setup, one in zip(setups, checked, strict=True)
-    ]
-    popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], jobs, progress)
+    with Hands(jobs) if jobs > 1 else nullcontext() as pool:
+        if isinstance(trace, Trace):
+            needs = needs_of([each for one in setups for each in one.policies], (setup.system for setup in setups))
+            trace = Decoded(trace, needs, 0 if needs.gates else SMALL_BYTES, pool)
+        common = InCommon()
+        begun = [
+            one if isinstance(one, MoetraceError) else _attempt(_begin, trace, setup, *one, common, store)
+            for setup, one in zip(setups, checked, strict=True)
+        ]
+        popularity = _pass(trace, [one for one in begun if isinstance(one, _Underway)], pool, progress)
     return [one if isinstance(one, MoetraceError) else one.end(trace.schedule, popularity) for one in begun]
 
 
@@ -140,7 +142,9 @@ def _begin(
     return _Underway(setup, slots, lanes, warnings)
 
 
-def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Callable[[int], None] | None) -> Popularity:
+def _pass(
+    decoded: Decoded, underway: list[_Underway], pool: Executor | None, progress: Callable[[int], None] | None
+) -> Popularity:
     """Replay every block in every lane; return how much each expert was wanted."""
     popularity = new_popularity(decoded.trace.layers, decoded.trace.num_experts)
     compile_now(*(each for one in underway for lane in one.lanes for each in lane.kernels))  # before threads want them
@@ -148,38 +152,37 @@ def _pass(decoded: Decoded, underway: list[_Underway], jobs: int, progress: Call
     # soon, and would take a few percent longer in another thread, whose caches are cold.
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
     weighs = any(lane.setting["weighs"][0] for one in underway for lane in one.lanes)
-    with Hands(jobs) if jobs > 1 or own else nullcontext() as pool:
-        for batch, rows in decoded.batches(pool if jobs > 1 else None, weighs):
-            underway = [one for one in underway if one.error is None]
-            if not underway:
+    with Hands(1) if own and pool is None else nullcontext(pool) as hands:
+        relay = Relay(_walkers(underway), hands)
+        for batch, rows in decoded.batches(pool, weighs):
+            if all(one.error is not None for one in underway):
                 break
             count_experts(without_ahead(batch.demand, len(batch.steps.rows), decoded.trace.layers), popularity)
-            _each(pool, underway, batch)
+            relay.give(batch)
+            _end_failed(underway, relay)
             if progress is not None:
                 progress(rows)
+        relay.finish()
+    _end_failed(underway, relay)
     return popularity
 
 
-def _each(pool: Executor | None, underway: list[_Underway], batch: Batch) -> None:
-    """Replay a block in each lane."""
-    jobs: list[tuple[_Underway, Callable[[Batch], None], float]] = []  # with what each took of the block before
+def _walkers(underway: list[_Underway]) -> list[Walker]:
+    """Return the lanes, by the place of their setup, and the bounds, each once: other setups may share it."""
+    walkers: list[Walker] = []
     bounds: set[int] = set()
-    for one in underway:
+    for i, one in enumerate(underway):
         for lane in one.lanes:
             for bound in (lane.work_bound, lane.lower_bound):
                 if bound is not None and id(bound) not in bounds:
                     bounds.add(id(bound))
-                    jobs.append((one, bound.advance, 0.0))
-            jobs.append((one, lane.advance, lane.last_s))
-    if pool is None:
-        errors = [_attempt(job, batch) for _, job, _ in jobs]
-    else:
-        # The lane that took longest in the block before goes first: begun last, it would keep one thread when others
-        # are done.
-        longest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][2])
-        futures = {i: pool.submit(_attempt, jobs[i][1], batch) for i in longest_first}
-        errors = [result_of(futures[i]) for i in range(len(jobs))]
-    for (one, _, _), error in zip(jobs, errors, strict=True):
-        if error is not None and one.error is None:
-            one.error = error
+                    walkers.append(Walker(None, bound.advance, lambda: 0.0))
+            walkers.append(Walker(i, lane.advance, partial(getattr, lane, "last_s")))
+    return walkers
+
+
+def _end_failed(underway: list[_Underway], relay: Relay) -> None:
+    for i, one in enumerate(underway):
+        if i in relay.errors:
+            one.error = relay.errors[i]
             one.lanes = []  # and what they recorded

@@ -182,10 +182,10 @@ class Trace:
         self.check_has_rows()
         return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, False)
 
-    def compared_blocks(self, ahead: int = 0) -> Iterator[Block]:
-        """The same blocks, with `ahead`; after the last, raises MoetraceError if their ids differ from the sha256."""
+    def compared_blocks(self, ahead: int = 0, rows: int | None = None) -> Iterator[Block]:
+        """The same blocks; after the last, raises MoetraceError if their ids differ from the sha256."""
         self.check_has_rows()
-        return self._blocks(max(1, BLOCK_BYTES // self.id_bytes), ahead, True)
+        return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, True)
 
     def _blocks(self, rows: int, ahead: int, compare: bool) -> Iterator[Block]:
         ids = self._columns["experts"]

@@ -14,6 +14,7 @@ import numpy as np
 from moetrace.engine.decoded import Decoded
 from moetrace.engine.demand import Demand
 from moetrace.engine.layer import less
+from moetrace.engine.relay import UNDER_WAY
 from moetrace.engine.replay import Batch
 from moetrace.engine.setup import Setup
 from moetrace.engine.state import records
@@ -193,8 +194,8 @@ class RemoteExperts:
         for part in self.plan:
             hashed.update(part.tobytes())
         self.key = hashed.digest()
-        self._last: tuple[Batch, RemoteTimes] | None = None
-        self._next_step, self._lock = 0, threading.Lock()
+        self._parts: dict[int, tuple[Batch, RemoteTimes]] = {}  # by the first steps of the blocks under way
+        self._lock = threading.Lock()
 
     @property
     def function_bytes(self) -> np.ndarray:
@@ -208,11 +209,13 @@ class RemoteExperts:
 
     def split(self, batch: Batch) -> tuple[Batch, RemoteTimes]:
         """Return a block without the remote experts, and what its layers wait for; made for the first who asks."""
+        first = batch.steps.first
         with self._lock:
-            if batch.steps.first >= self._next_step or self._last is None:
-                self._last = self._split(batch)
-                self._next_step = batch.steps.first + len(batch.steps.rows)
-            return self._last
+            if first not in self._parts:
+                self._parts[first] = self._split(batch)
+                while len(self._parts) > UNDER_WAY:
+                    del self._parts[min(self._parts)]
+            return self._parts[first]
 
     def _split(self, batch: Batch) -> tuple[Batch, RemoteTimes]:
         steps, demand = len(batch.steps.rows), batch.demand
