@@ -12,7 +12,8 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, Flags
 from numba.core.compiler_machinery import LoweringPass, register_pass
 from numba.core.targetconfig import TargetConfig
-from numba.core.typed_passes import IRLegalization
+from numba.core.typed_passes import InlineOverloads, IRLegalization, NopythonRewrites
+from numba.core.untyped_passes import InlineClosureLikes, InlineInlinables
 
 _STEPS = ("_optimize_functions", "_optimize_final_module", "_finalize_dynamic_globals", "_finalize_final_module")
 if not all(hasattr(JITCodeLibrary, step) for step in _STEPS) or not hasattr(Flags(), "_values"):
@@ -83,6 +84,8 @@ class _QuickFlags(Flags):
         return super().__eq__(other)
 
 
+# They look for closures and for arithmetic with whole arrays: a twentieth of a first replay's compilation.
+_FOR_OTHERS = (InlineClosureLikes, InlineInlinables, InlineOverloads, NopythonRewrites)
 _HASH_OF_FLAGS = hash(Flags())  # it is of the options' names, so the same for all
 
 
@@ -93,6 +96,14 @@ class EntryCompiler(Compiler):
         self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Flags, locals: Any
     ) -> None:
         super().__init__(typingctx, targetctx, library, args, return_type, _QuickFlags(flags), locals)
+
+    def define_pipelines(self) -> list[Any]:
+        """Return the passes; those for what kernels have none of are left to users' functions."""
+        pipelines = super().define_pipelines()
+        if not self.state.flags.boundscheck:
+            for pipeline in pipelines:
+                pipeline.passes = [each for each in pipeline.passes if each[0] not in _FOR_OTHERS]
+        return pipelines
 
 
 class PartCompiler(EntryCompiler):

@@ -183,7 +183,7 @@ class Trace:
         return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, False)
 
     def compared_blocks(self, ahead: int = 0, rows: int | None = None) -> Iterator[Block]:
-        """The same blocks; after the last, raises MoetraceError if their ids differ from the sha256."""
+        """The same blocks, with `ahead` and `rows`; then raises MoetraceError if the ids differ from their sha256."""
         self.check_has_rows()
         return self._blocks(max(1, BLOCK_BYTES // self.id_bytes) if rows is None else rows, ahead, True)
 

@@ -48,7 +48,13 @@ def test_signals_while_it_writes_leave_nothing(tmp_path, stop, code):
     out = tmp_path / "out"
     out.mkdir()
     large = [*command, str(out / "large.h5"), "--requests", "100000"]
-    process = subprocess.Popen(large, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        large,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL),
+    )  # where the tests themselves run under nohup or in the background, it would be ignored
     time.sleep(3)
     process.send_signal(stop)
     _, said = process.communicate()
