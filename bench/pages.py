@@ -1,6 +1,6 @@
 """Run every code block of Markdown pages, and write what they print into the pages.
 
-    python bench/pages.py            run README.md and the pages of docs/, and rewrite the outputs that they show
+    python bench/pages.py [PAGE...]  run README.md and the pages of docs/, and rewrite the outputs that they show
 
 A block marked `sh` is run by bash, one marked `python` in one namespace a page, both in an empty folder with the
 shipped `traces/`. A `python` or `toml` block that begins with a comment `# NAME.py` or `# NAME.toml` becomes that file
@@ -86,7 +86,7 @@ def run_page(path: Path, folder: Path) -> str:
 
 
 def main() -> None:
-    for path in PAGES:
+    for path in [Path(page).resolve() for page in sys.argv[1:]] or PAGES:
         with tempfile.TemporaryDirectory() as folder:
             path.write_text(run_page(path, Path(folder)), encoding="utf-8")
 

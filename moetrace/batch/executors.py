@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from moetrace.batch.processes import processes
 from moetrace.batch.work import Outcome, Task, failed, work
+from moetrace.jit.apart import LOOK_UP_S
 from moetrace.spec.errors import MoetraceError, UsageError, printable
 
 ATTEMPTS = 3  # of Dask, to run a task whose worker was lost
@@ -106,7 +107,7 @@ def _drain(executor: Executor, waiting: deque[Task], farm: Farm, take: Callable[
             while waiting and len(flying) < farm.window:
                 flying[executor.submit(work, waiting[0])] = waiting[0]
                 waiting.popleft()
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            for future in wait(flying, LOOK_UP_S, FIRST_COMPLETED).done:
                 error = future.exception()
                 if isinstance(error, farm.killed):
                     lost.append(flying[future])

@@ -14,6 +14,7 @@ from moetrace.engine.lookahead import NextSteps
 from moetrace.engine.replay import Batch, Steps
 from moetrace.engine.schedule import Schedule, request_index, schedule_of
 from moetrace.engine.static_set import count_demands
+from moetrace.jit.apart import result_of
 from moetrace.spec.choices import find, source_of
 from moetrace.spec.errors import MoetraceError
 from moetrace.spec.load import FUNCTION_FIELDS
@@ -166,12 +167,12 @@ class Decoded:
         for block in trace.compared_blocks(ahead, _few_rows(trace)):
             # One at a time where next steps are asked for: that looks ahead, and reads the blocks in order.
             many = len(coming) >= (at_once if next_steps is None else 1)
-            ready = coming.popleft().result() if many else None
+            ready = result_of(coming.popleft()) if many else None
             coming.append(pool.submit(prepare, block))
             if ready is not None:
                 yield ready
         for last in coming:
-            yield last.result()
+            yield result_of(last)
 
 
 def may_be_users(policy: PolicySpec) -> bool:

@@ -21,8 +21,8 @@ _STACK_BYTES = 64 << 20
 # How long the end of the process waits for threads that were left behind: a block takes well under a second.
 _PATIENCE_S = 3.0
 _LAST_WORD_S = 0.2  # for one whose work is done, or failed, but which has not ended yet
-# Windows lets no signal interrupt a wait.
-_LOOK_UP_S = 1.0
+# Windows lets no signal interrupt a wait; nor does Polars, once imported, unless the wait has an end.
+LOOK_UP_S = 1.0
 
 _left: list[threading.Thread] = []
 
@@ -84,7 +84,7 @@ def heard(function: Callable[..., _Made], *arguments: Any) -> _Made:
 def result_of(future: Future) -> Any:
     """Wait for the submitted call while handling signals; return its result, or raise its error."""
     while not future.done():
-        wait([future], _LOOK_UP_S)
+        wait([future], LOOK_UP_S)
     return future.result()
 
 

@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+from moetrace.jit.apart import LOOK_UP_S
 from moetrace.live.exchange import LONGEST_WAIT_S, RequestError
 from moetrace.spec.errors import MoetraceError
 
@@ -43,7 +44,10 @@ def in_parallel(
                 under_way += 1
             if not under_way:
                 return
-            task, result = done.get()
+            try:
+                task, result = done.get(timeout=LOOK_UP_S)
+            except Empty:  # once more, since not every wait hears Ctrl-C
+                continue
             under_way -= 1
             if isinstance(result, BaseException) and not isinstance(result, MoetraceError):
                 raise result

@@ -128,3 +128,25 @@ def test_a_forked_child_is_refused_and_does_not_hang(tmp_path):
     ]
     assert said[0].count("\n") == 1 and 'with the method "spawn" or "forkserver"' in said[0]
     assert said[1] == ""
+
+
+def test_a_sweep_of_a_policy_that_never_returns_is_ended(tmp_path):
+    """It waits in a process that has imported Polars for processes of which one is done."""
+    (tmp_path / "endless.py").write_text(
+        "def endless(state, view, layer, load, plan):\n    i = 0\n"
+        "    while load.size > 0:\n        i += 1\n        plan[0] = i & 1\n"
+    )
+    (tmp_path / "endless.toml").write_text('name = "endless"\ndispatch = "endless.py:endless"\n')
+    (tmp_path / "grid.toml").write_text(
+        f'trace = "{TINY}"\nsystem = "edge-ndp"\npolicy = ["edge-ndp", "endless.toml"]\nslots = 48\n'
+    )
+    command = [*MOETRACE, "sweep", "grid.toml", "-o", "out", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("**/cells/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "1 of 2 cells finished and kept" in said and "Traceback" not in said

@@ -207,7 +207,10 @@ def test_the_legend_names_one_bound_or_the_range_of_them(capsys):
     assert low < high
     assert run(*arguments) == 0
     out = " ".join(capsys.readouterr()[0].split())
-    assert f"what no policy with its placement, parts and start beats, {low:,.0f} to {high:,.0f} ms." in out
+    assert (
+        f"the least possible with a policy's placement, devices and first residents, {low:,.0f} to {high:,.0f} ms."
+        in out
+    )
 
 
 def test_a_cache_that_begins_empty_is_not_compared_with_a_full_gpu_without_a_word(capsys):

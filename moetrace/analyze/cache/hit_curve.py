@@ -12,6 +12,7 @@ import polars as pl
 from moetrace.analyze.cache.accesses import accesses, layer_accesses
 from moetrace.analyze.cache.kernels import stack
 from moetrace.analyze.sizes import own_experts
+from moetrace.jit.apart import result_of
 from moetrace.spec.errors import MoetraceError, UsageError
 from moetrace.trace.format import Trace
 from moetrace.trace.schema import PHASE_NAMES, Block
@@ -133,7 +134,7 @@ def _layer_walk(trace: Trace, sequential: bool, threads: int, count: np.ndarray)
 
     def finished() -> tuple[int, int]:
         rows, futures = waiting.popleft()
-        return rows, max(future.result() for future in futures)
+        return rows, max(map(result_of, futures))
 
     with ExitStack() as pools:
         pool = [pools.enter_context(ThreadPoolExecutor(1)) for _ in parts]

@@ -105,9 +105,10 @@ def _legend(advice: "Advice", name: str) -> list[str]:
         f"{counted(trace['requests'], 'request')}. Model {best.found['result']['model']['name']} on {system}; the GPU "
         f"keeps up to {best.slots:,} of {counted(advice.all_experts, 'expert')} (slots).",
         _tried(advice),
-        f"* is the best that an engine can run, {_over(best, bound)} over the {bound_ms} ms that no policy "
-        f"with its placement, parts and start beats, and {_over(best, seer)} over the same policy with what a layer "
-        "needs already on the GPU. d is the default, against which speed-ups are. o knows the future: it is no advice.",
+        f"* is the best that an engine can run, {_over(best, bound)} over the {bound_ms} ms that are the least "
+        f"possible with its placement, devices and first residents, and {_over(best, seer)} over the same policy "
+        "with what a layer needs already on the GPU. d is the default, against which speed-ups are. "
+        "o knows the future: it is no advice.",
     ]
     if advice.best.dropped:
         lines.append(_lossy(advice))

@@ -180,7 +180,8 @@ def _legend(summary: dict[str, Any], name: str) -> list[str]:
     bounds_ms = digits(sorted({1e3 * policy["lower_bound_s"] for policy in summary["policies"]}), significant=4)
     bound = f"the {bounds_ms[0]} ms that no policy beats, whatever it foresees"
     if bounds_ms[0] != bounds_ms[-1]:
-        bound = f"what no policy with its placement, parts and start beats, {bounds_ms[0]} to {bounds_ms[-1]} ms"
+        least, most = bounds_ms[0], bounds_ms[-1]
+        bound = f"the least possible with a policy's placement, devices and first residents, {least} to {most} ms"
     layers = trace["steps"] * trace["layers"]
     return [
         f"{name}: {counted(trace['rows'], 'row')} in {counted(trace['steps'], 'step')} of "
