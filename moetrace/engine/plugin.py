@@ -277,6 +277,8 @@ def _cause(error: Exception, decides: bool, function: Callable) -> str:
         cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
     elif READS_ONLY in text or "readonly array" in text:
         cause = f"{READS_ONLY}: a {'dispatch' if decides else 'residency'} may write into {_MAY_WRITE[decides]} only"
+    elif "Cannot capture the non-constant value" in text:
+        cause = "a lambda or a function within it uses its variables, which compiled code cannot: write a loop"
     elif call:
         cause = f"Numba knows no {call[1].strip()}"
     else:

@@ -42,6 +42,8 @@ def run_file(path: Path) -> ModuleType:
         sys.modules.pop(name, None)  # others may look into the files of all modules, as Hypothesis does
         if isinstance(error, MoetraceError) or not isinstance(error, Exception | SystemExit):
             raise
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise MoetraceError(f"{path.name}:{error.lineno} is not Python: {error.msg}.") from error
         raise MoetraceError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}.") from error
     return module
 

@@ -33,6 +33,10 @@ GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size)
             r"bad.py:1: .* no 'heat' in the record",
         ),
         (GOOD.replace("plan[i] = 1", "plan[i] = unknown(i)"), r"'unknown' is not defined"),
+        (
+            GOOD.replace("plan[i] = 1", "plan[i] = sorted(plan, key=lambda j: load[j])[0]"),
+            r"a lambda or a function within it uses its variables, .*: write a loop \(bad.py, line 3\)",
+        ),
         (GOOD.replace("mine", "other"), r"bad.py defines no mine"),
         (
             "import moetrace\n\n\n@moetrace.policy\n" + GOOD.replace("mine", "minne"),
@@ -49,11 +53,18 @@ def test_refuses_at_loading_in_one_sentence(tmp_path, source, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["def mine(:\n", "import no_such_module\n", "1 / 0\n"])
-def test_a_file_that_does_not_run(tmp_path, source):
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("\ndef mine(:\n", "^bad.py:2 is not Python: "),
+        ("import no_such_module\n", "does not run: ModuleNotFoundError"),
+        ("1 / 0\n", "does not run: ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_does_not_run(tmp_path, source, says):
     path = tmp_path / "bad.py"
     path.write_text(source)
-    with pytest.raises(MoetraceError, match="does not run") as error:
+    with pytest.raises(MoetraceError, match=says) as error:
         load_hook("dispatch", f"{path}:mine")
     assert "\n" not in str(error.value)
 
