@@ -33,11 +33,10 @@ def test_the_table_says_what_the_advice_is(run, trace, advice):
     for size in advice.sizes:
         assert f"{size.best.slots:,} " in out and f"{100 * size.wins:+.1f}" in out
     bound_s = advice.best.figures["lower_bound_s"]
-    over = f"{100 * (advice.best.total_s / bound_s - 1):.1f} % over the {1e3 * bound_s:,.1f} ms that no policy"
+    over = f"{100 * (advice.best.total_s / bound_s - 1):.1f} % over the {1e3 * bound_s:,.1f} ms that are the least"
     assert over in words
     assert "o knows the future" in words and any(line.startswith("o  ") for line in out.splitlines())
     assert f"{advice.tried} policies were tried, over the whole trace." in out
-    assert f"over the {1e3 * advice.best.figures['lower_bound_s']:,.1f} ms that no policy with its placement" in words
 
 
 @pytest.mark.parametrize("columns", [40, 80])
