@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Question:
         labels |= {"model": self.model.name, "system": self.system.name}
         self._point = Point("", values | {"system": system, **overrides}, labels)
 
-    @property
+    @cached_property
     def candidates(self) -> list[Candidate]:
         """The policies that are tried."""
         return candidates(self.system)

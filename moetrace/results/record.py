@@ -286,7 +286,8 @@ PlainSummary = SummaryFile[dict[str, Any], dict[str, Any]]
 
 def choices_of(policy: PolicySpec) -> dict[str, Any]:
     """Return what a policy chose, with the parameters that apply."""
-    return {field: value for field, value in canonical(policy).items() if field not in ("name", *policy.unread)}
+    unread = {"name", *policy.unread}
+    return {field: value for field, value in canonical(policy).items() if field not in unread}
 
 
 def fields_of(struct: type[msgspec.Struct]) -> Iterator[tuple[str, Figure | Meta, Any]]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Meta
@@ -281,8 +281,12 @@ def shown(choice: str) -> str:
 
 
 def _changed(policy: PolicySpec) -> set[str]:
-    fields = msgspec.structs.fields(PolicySpec)
-    return {field.name for field in fields if getattr(policy, field.name) != field.default}
+    return {name for name, default in _defaults().items() if getattr(policy, name) != default}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in msgspec.structs.fields(PolicySpec)}
 
 
 def _check_choices(policy: PolicySpec, loaded: Loaded, overridden: Mapping[str, object]) -> None:
