@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from support.browser import CHROMIUM, browser  # noqa: E402
 
-_NO_LIST = re.compile(r"(?<=\n) *[-*] (?!\d).*")
+_NO_LIST = re.compile(r"(?<=\n) *[-*] (?!\d).*|(?<=\S\n) *\d{1,2}\. .*")  # a title with a number begins its text
 _LOADS = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src"}
 _VERBATIM = ("pre", "script", "style")
 _PATIENCE_S = 30.0
@@ -56,6 +56,7 @@ class Page(HTMLParser):
         self.names |= {known[name] for name in ("id", "name") if name in known}
         if tag in _LOADS and _LOADS[tag] in known and known.get("rel") not in ("canonical", "prev", "next"):
             self.loads.append(known[_LOADS[tag]])
+        self.loads += [one.split()[0] for one in known.get("srcset", "").split(",") if one.strip()]
         if tag == "a" and "href" in known:
             self.links.append(known["href"])
 
