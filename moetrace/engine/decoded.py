@@ -25,7 +25,7 @@ from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
 
 # A trace that decodes to no more is decoded before its replay: some policies look at all of it first.
 SMALL_BYTES = 96 << 20
-KEPT_AT_ONCE = 64  # blocks of such a trace that are waiting or being decoded
+KEPT_AT_ONCE = 8  # blocks of such a trace that are waiting or being decoded
 # Threads share the work on a trace of this many blocks evenly; in blocks of fewer ids each costs more than it brings.
 MANY_BLOCKS, FEW_IDS_BYTES = 8, 64 << 10
 
@@ -82,7 +82,7 @@ class Decoded:
         self.needs = needs
         self.schedule = schedule_of(trace)
         self._kept: list[tuple[Batch, int]] | None = None
-        if decoded_bytes(trace, needs) <= keep_bytes:
+        if decoded_bytes(trace, needs, pool is not None) <= keep_bytes:
             self._kept = list(self._decode(pool, needs.gates, KEPT_AT_ONCE))
 
     def batches(self, pool: Executor | None = None, gates: bool = False) -> Iterator[tuple[Batch, int]]:
@@ -181,8 +181,8 @@ def may_be_users(policy: PolicySpec) -> bool:
     return any(find(kind, choice) is None or source_of(kind, choice) is not None for kind, choice in chosen)
 
 
-def decoded_bytes(trace: Trace, needs: Needs) -> int:
-    """Return how much memory the batches of a trace take at most, only from the sizes of its steps."""
+def decoded_bytes(trace: Trace, needs: Needs, threads: bool = False) -> int:
+    """Return how much memory a trace's batches take at most, by its steps' sizes; ``threads`` have more of them."""
     rows = np.diff(trace.offset)
     active = np.minimum(rows * trace.top_k, trace.num_experts) * trace.layers
     a_choice = 12 if needs.next_steps else 8
@@ -193,6 +193,8 @@ def decoded_bytes(trace: Trace, needs: Needs) -> int:
         total += 2 * ids + 8 * trace.rows * (1 + needs.positions)
     total += 4 * ids if needs.each_gate and "gates" in trace.has else 0
     blocks = ids * (1 if trace.num_experts <= 255 else 2) // BLOCK_BYTES
+    if threads:
+        blocks = 2 * max(blocks, MANY_BLOCKS)
     return total + blocks * _ahead_steps(trace, needs) * int(active.max()) * a_choice
 
 

@@ -44,7 +44,7 @@ class Yardstick:
 
 
 class PromptBooks:
-    """The prompts' counts before a block, of which each lane gets a copy: they depend on the trace only.
+    """The prompts' counts before a block, of which each lane gets a copy: they depend on who is remote, and on no more.
 
     With 32 requests at once in a model of 6,144 experts they take 768 KiB, more than the rest of a lane.
     """
@@ -76,7 +76,7 @@ class InCommon:
         """Begin a pass over a trace."""
         self._machines: dict[bytes, Machine] = {}
         self._prompts: dict[bool, Prompts] = {}
-        self._books: PromptBooks | None = None
+        self._books: dict[bytes | None, PromptBooks] = {}
         self._remote: dict[bytes, RemoteExperts] = {}
         self._found: dict[tuple, Yardstick] = {}
         self._cells: np.ndarray | None = None
@@ -92,11 +92,9 @@ class InCommon:
             self._prompts[counts] = prompts_of(requests.last_step, first, requests.last_prefill_step, cells)
         return emptied(self._prompts[counts])
 
-    def books(self, prompts: Prompts) -> PromptBooks:
-        """Return the books that all lanes that count prompts lend, from the first one's on."""
-        if self._books is None:
-            self._books = PromptBooks(prompts)
-        return self._books
+    def books(self, prompts: Prompts, remote: RemoteExperts | None) -> PromptBooks:
+        """Return the books that all lanes lend which count prompts and leave out the same experts, or none."""
+        return self._books.setdefault(remote and remote.key, PromptBooks(prompts))
 
     def remote(self, remote: RemoteExperts | None) -> RemoteExperts | None:
         """Return the remote experts of a lane, or those of another that are the same."""

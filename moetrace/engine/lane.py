@@ -92,7 +92,7 @@ class Lane:
         """Keep no log of each step, but what a summary needs."""
         self.folded = FoldedSteps(store)
         if self.setting["counts_prompts"][0]:
-            self.books = common.books(self.state.prompts)
+            self.books = common.books(self.state.prompts, self.remote)
             self.state = self.state._replace(prompts=None)
 
     def keep(self, steps: int) -> None:

@@ -21,7 +21,7 @@ from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
 from moetrace.spec.named import nearest
 
-_ENGINE = f"{Path(__file__).parent}{os.sep}"
+_ENGINE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as `co_filename` has it, with all its dots
 _MAY_WRITE = {True: "plan, state, view.memory and view.groups", False: "state and view.memory"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 

@@ -63,6 +63,11 @@ class Relay:
         with self._lock:
             return {group: error for group, (_, _, error) in self._failed.items()}
 
+    @property
+    def under_way(self) -> int:
+        """Blocks that were given and have not been seen to end."""
+        return len(self._under_way)
+
     def give(self, batch: Batch) -> None:
         """Have all walkers take a block; return once few enough blocks are under way. Raises what a walker raises."""
         block = _Given(self._blocks, batch, len(self._walkers))
@@ -84,7 +89,7 @@ class Relay:
         self._wait(0)
 
     def _wait(self, most: int) -> None:
-        while len(self._under_way) > most:
+        while self._under_way and (len(self._under_way) > most or self._under_way[0].ended.done()):
             result_of(self._under_way[0].ended)
             self._under_way.popleft()
 

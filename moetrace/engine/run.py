@@ -1,5 +1,6 @@
 """One pass over a trace: blocks in, logs out; every policy of the pass sees a block while it is in the cache."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -82,12 +83,13 @@ def run_setups(
 ) -> list[Run | MoetraceError]:
     """Replay a trace through any number of setups in one pass, each block decoded once.
 
-    ``jobs`` threads work at a time; ``progress`` gets the number of rows done. Each lane keeps a recording of the steps
-    in a setup's window, which changes nothing else. With a ``store`` lanes have no log of each step: `FoldedSteps` keep
-    what a summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
+    ``jobs`` threads work at a time; ``progress`` gets the number of rows that are newly done. Each lane keeps a
+    recording of the steps in a setup's window, which changes nothing else. With a ``store`` lanes have no log of each
+    step: `FoldedSteps` keep what a summary needs. The figures do not depend on ``jobs``, nor on how the trace is cut.
 
     Returns, for each setup, its run or the error that it ended with: one that does not fit the trace, or whose
-    function fails, costs the others nothing. A damaged trace raises MoetraceError, as it would for each of them.
+    function fails, costs the others nothing. A damaged trace raises MoetraceError, unless all had failed before the
+    damage was met; a small trace is read to its end first.
     A ``Decoded`` must have been made for what the policies need.
     """
     checked = [_attempt(check_setup, _trace_of(trace), setup) for setup in setups]
@@ -153,17 +155,30 @@ def _pass(
     own = may_wait() and any(is_users(hook) for one in underway for lane in one.lanes for hook in lane.hooks)
     weighs = any(lane.setting["weighs"][0] for one in underway for lane in one.lanes)
     with Hands(1) if own and pool is None else nullcontext(pool) as hands:
-        relay = Relay(_walkers(underway), hands)
-        for batch, rows in decoded.batches(pool, weighs):
-            if all(one.error is not None for one in underway):
-                break
-            count_experts(without_ahead(batch.demand, len(batch.steps.rows), decoded.trace.layers), popularity)
-            relay.give(batch)
+        relay, given = Relay(_walkers(underway), hands), deque[int]()
+
+        def note_ends() -> None:
             _end_failed(underway, relay)
-            if progress is not None:
-                progress(rows)
+            while len(given) > relay.under_way:
+                rows = given.popleft()
+                if progress is not None:
+                    progress(rows)
+
+        try:
+            for batch, rows in decoded.batches(pool, weighs):
+                if all(one.error is not None for one in underway):
+                    break
+                count_experts(without_ahead(batch.demand, len(batch.steps.rows), decoded.trace.layers), popularity)
+                relay.give(batch)
+                given.append(rows)
+                note_ends()
+        except MoetraceError:  # of the trace: it costs those nothing that had failed before, whatever the threads
+            relay.finish()
+            note_ends()
+            if any(one.error is None for one in underway):
+                raise
         relay.finish()
-    _end_failed(underway, relay)
+        note_ends()
     return popularity
 
 
@@ -185,4 +200,4 @@ def _end_failed(underway: list[_Underway], relay: Relay) -> None:
     for i, one in enumerate(underway):
         if i in relay.errors:
             one.error = relay.errors[i]
-            one.lanes = []  # and what they recorded
+            one.lanes = []

@@ -142,11 +142,15 @@ def test_a_sweep_of_a_policy_that_never_returns_is_ended(tmp_path):
     )
     command = [*MOETRACE, "sweep", "grid.toml", "-o", "out", "--jobs", "2"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out").glob("**/cells/*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("cells/*")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "1 of 2 cells finished and kept" in said and "Traceback" not in said

@@ -273,6 +273,7 @@ def test_blocks_and_jobs_change_nothing(case, jobs, data):
     whole = replay_case(case, policies)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", 1)  # with threads, too
         in_steps = replay_case(case, policies, jobs=jobs)
     for lane, other in zip(whole.lanes, in_steps.lanes, strict=True):
         assert all(getattr(lane.log, one).tobytes() == getattr(other.log, one).tobytes() for one in ("step", "layer"))

@@ -70,6 +70,7 @@ def test_figures_do_not_depend_on_threads_blocks_or_later_steps(case, jobs):
     trace = Trace.from_arrays(num_experts=experts, **arrays)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", 1)  # with threads, too
         again = run(trace, case.model, case.system, chosen, jobs=jobs, slots=case.slots, ignore_capacity=True)
     assert again.lanes[0].log.step.tobytes() == whole.tobytes()
     half = case.trace.steps // 2

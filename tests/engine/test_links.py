@@ -292,6 +292,7 @@ def test_neither_jobs_nor_cuts_change_losses(tmp_path, monkeypatch):
     for jobs, block_bytes in ((2, 1 << 20), (1, 1), (2, 40)):
         with monkeypatch.context() as patch:
             patch.setattr(trace_format, "BLOCK_BYTES", block_bytes)
+            patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", block_bytes)
             for one, other in zip(first, lanes(jobs), strict=True):
                 same(one, other)
                 assert one.clairvoyant_s == other.clairvoyant_s

@@ -89,6 +89,7 @@ def test_capacity_is_never_exceeded(case, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lane, "advance", watch)
         patch.setattr(trace_format, "BLOCK_BYTES", 1)
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", 1)
         replay(case, policies)
 
 
@@ -106,6 +107,7 @@ def test_blocks_and_jobs_change_nothing(case, data, tmp_path_factory):
     whole = replay(case, policies)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", 1)  # with threads, too
         in_steps = replay(case, policies, jobs=4)
     assert in_steps.work_bound_s == whole.work_bound_s
     for one, other in zip(whole.lanes, in_steps.lanes, strict=True):
@@ -228,7 +230,9 @@ def test_many_setups_in_one_pass_give_the_figures_of_separate_replays(case, data
     kept = Decoded(trace, needs, 1 << 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", 1)  # one step a block
-        streamed = run_setups(trace, setups, jobs=2)
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", 1)  # with threads, too
+        patch.setattr("moetrace.engine.run.SMALL_BYTES", data.draw(st.sampled_from([0, 96 << 20]), label="small"))
+        streamed = run_setups(trace, setups, jobs=data.draw(st.integers(2, 4)))
         with StepStore(data.draw(st.sampled_from([0, 100, 1 << 20]), label="store")) as store:
             folded = run_setups(trace, setups, jobs=2, store=store)
             figures = [(policy_figures(run), run.lanes[0].duration_s.tobytes()) for run in folded]

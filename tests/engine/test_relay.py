@@ -41,7 +41,7 @@ def test_each_walker_takes_all_blocks_in_order_and_one_at_a_time(waits, jobs):
         relay = Relay([walker(i, lambda batch, i=i: advance(i, batch)) for i in range(len(waits))], pool)
         for number in range(BLOCKS):
             relay.give(block(number))
-            assert min(map(len, seen)) > number - UNDER_WAY
+            assert min(map(len, seen)) > number - UNDER_WAY + 1
         relay.finish()
     assert seen == [list(range(BLOCKS))] * len(waits)
     assert not relay.errors
@@ -120,3 +120,49 @@ def test_nobody_waits_where_nobody_walks():
         relay.give(block(number))
     relay.finish()
     assert not relay.errors
+
+
+def test_the_error_is_that_of_the_first_walker_even_if_it_comes_last():
+    failed = threading.Event()
+
+    def late(batch: Any) -> None:
+        assert failed.wait(20)
+        while not relay.errors:  # the other one's error has been noted
+            time.sleep(0.001)
+        raise MoetraceError("first")
+
+    def early(batch: Any) -> None:
+        failed.set()
+        raise MoetraceError("second")
+
+    with Hands(2) as pool:
+        relay = Relay([walker(0, late), walker(0, early)], pool)
+        relay.give(block(0))
+        relay.finish()
+    assert str(relay.errors[0]) == "first"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_any_other_exception_of_any_block_ends_the_pass(number):
+    def advance(batch: Any) -> None:
+        if batch.number == number:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Hands(2) as pool:
+        relay = Relay([walker(0, advance), walker(1, advance)], pool)
+        for each in range(3):
+            relay.give(block(each))
+        relay.finish()
+
+
+def test_of_a_group_that_failed_nobody_takes_a_later_block():
+    taken = []
+
+    def fails(batch: Any) -> None:
+        raise MoetraceError("no")
+
+    relay = Relay([walker(0, fails), walker(0, lambda batch: taken.append(batch.number))], None)
+    for each in range(3):
+        relay.give(block(each))
+    relay.finish()
+    assert taken == [0]

@@ -287,6 +287,7 @@ def test_cuts_of_blocks_do_not_matter(case, spec, b, block):
     whole = replay_case(machine, [spec, replace(spec, name="again")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "BLOCK_BYTES", block)
+        patch.setattr("moetrace.engine.decoded.BLOCK_BYTES", block)
         cut = replay_case(machine, [spec])
     for lane in whole.lanes[1:] + cut.lanes:
         assert lane.log.step.tobytes() == whole.lanes[0].log.step.tobytes()
