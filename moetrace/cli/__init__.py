@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
-from moetrace.cli.standard_streams import open_missing_streams
+from moetrace.cli.standard_streams import open_missing_streams, outlive_reader
 from moetrace.spec.errors import MoetraceError, harmless, stop_behind
 from moetrace.version import __version__
 
@@ -67,6 +67,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
     open_missing_streams()
+    outlive_reader()
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminated)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup

@@ -1,7 +1,43 @@
-"""Standard streams that the caller has closed, as some daemons do."""
+"""Standard streams that the caller has closed, as some daemons do, or whose reader goes away."""
 
+import io
 import os
+import stat
 import sys
+from typing import Any
+
+
+class _Pipe(io.FileIO):
+    """A pipe whose reader may go away (`moetrace gate results | head -1`): what comes after is written nowhere.
+
+    The command goes on to its end, so that its exit code says what it found.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write, to the null device once nobody reads."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(memoryview(data).cast("B"))
+
+
+def outlive_reader() -> None:
+    """Let the command outlive the reader of its stdout, if that is a pipe."""
+    try:
+        number = sys.stdout.fileno()
+        mode = os.fstat(number).st_mode
+    except (AttributeError, OSError, ValueError):  # a stream without a number stands there, in a notebook or a test
+        return
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        sys.stdout.flush()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Pipe(number, "wb", closefd=False)),
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+        )
 
 
 def open_missing_streams() -> None:

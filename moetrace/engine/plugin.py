@@ -85,7 +85,7 @@ def _compile(function: Callable, decides: bool) -> Any:
         raise UsageError(
             f"{where} prints{line}, which compiled code cannot; with NUMBA_DISABLE_JIT=1 it runs as plain Python."
         )
-    from numba.core.errors import NumbaError
+    from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
     from moetrace.engine.state import hook_signature
 
@@ -94,7 +94,7 @@ def _compile(function: Callable, decides: bool) -> Any:
     dispatcher = kernel(written, inline=False, checked=is_users(function)).entry()
     try:
         dispatcher.compile(hook.args)
-    except NumbaError as error:
+    except (NumbaError, UnsupportedBytecodeError) as error:
         said = RETURNS if RETURNS in str(error) else f"is not a policy: {_cause(error, decides, function)}"
         raise UsageError(f"{where} {said}") from error
     except KeyError as error:  # what Numba says of a record without such a field
@@ -258,7 +258,7 @@ def _line_of(function: Callable, name: str) -> str:
     line = function.__code__.co_firstlineno
     for each in dis.get_instructions(function):
         line = each.starts_line if type(each.starts_line) is int else getattr(each.positions, "lineno", None) or line
-        if each.argval == name and each.opname.startswith("LOAD_"):
+        if each.argval == name and each.opname.startswith(("LOAD_", "STORE_ATTR")):
             return f" ({Path(function.__code__.co_filename).name}, line {line})"
     return ""
 
@@ -277,6 +277,8 @@ def _cause(error: Exception, decides: bool, function: Callable) -> str:
         cause = f"there is no {attribute[1]!r} in {names.get(attribute[2], attribute[2])}"
     elif READS_ONLY in text or "readonly array" in text:
         cause = f"{READS_ONLY}: a {'dispatch' if decides else 'residency'} may write into {_MAY_WRITE[decides]} only"
+    elif "unsupported opcode" in text:
+        cause = "compiled code knows no import, class, global or with inside a function: put those outside"
     elif "Cannot capture the non-constant value" in text:
         cause = "a lambda or a function within it uses its variables, which compiled code cannot: write a loop"
     elif call:

@@ -31,6 +31,26 @@ def test_a_reader_that_goes_away_is_no_error():
             assert process.wait() == 0
 
 
+def test_a_reader_that_goes_away_changes_no_verdict(tmp_path):
+    """A sweep of which a cell fails ends with 1, and a gate that is red with 3, into a pipe without a reader, too."""
+    (tmp_path / "bad.toml").write_text('placement = "tp"\n')
+    (tmp_path / "grid.toml").write_text(
+        f'trace = "{TINY}"\nsystem = "edge-ndp"\npolicy = ["monde", "bad.toml"]\nslots = 48\n'
+    )
+    codes, environment = [], os.environ | {"PYTHONPATH": str(ROOT)}
+    for arguments in (["sweep", "grid.toml", "-o", "out"], ["gate", "out", "--baseline", "new.json", "--update"]):
+        subprocess.run([*MOETRACE, *arguments], cwd=tmp_path, capture_output=True, env=environment)
+    (tmp_path / "grid.toml").write_text((tmp_path / "grid.toml").read_text().replace("48", "24"))
+    for arguments in (["sweep", "grid.toml", "-o", "out"], ["gate", "out", "--baseline", "new.json"]):
+        with subprocess.Popen(
+            [*MOETRACE, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, env=environment
+        ) as process:
+            assert process.stdout
+            process.stdout.close()
+            codes.append(process.wait())
+    assert codes == [1, 3]
+
+
 def test_closed_output_is_no_error():
     process = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *MOETRACE, "list", "models"], capture_output=True)
     assert (process.returncode, process.stderr) == (0, b"")

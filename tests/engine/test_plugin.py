@@ -34,6 +34,14 @@ GOOD = "def mine(state, view, layer, load, plan):\n    for i in range(load.size)
         ),
         (GOOD.replace("plan[i] = 1", "plan[i] = unknown(i)"), r"'unknown' is not defined"),
         (
+            GOOD.replace("plan[i] = 1", "import math"),
+            r"knows no import, class, global or with inside a function: put those outside \(bad.py, line 3\)",
+        ),
+        (
+            GOOD.replace("plan[i] = 1", "state[layer, i].heat = 1"),
+            r"bad.py:1: .* no 'heat' in the record that it asks \(bad.py, line 3\)",
+        ),
+        (
             GOOD.replace("plan[i] = 1", "plan[i] = sorted(plan, key=lambda j: load[j])[0]"),
             r"a lambda or a function within it uses its variables, .*: write a loop \(bad.py, line 3\)",
         ),
