@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Pipe(io.FileIO):
-    """A pipe whose reader may go away (`moetrace gate results | head -1`): what comes after is written nowhere.
+    """A pipe whose reader may go away (`moetrace gate results | head -1`); from then on nothing is written.
 
     The command goes on to its end, so that its exit code says what it found.
     """
