@@ -27,7 +27,7 @@ from moetrace.trace.schema import BLOCK_BYTES, DECODE, PHASE_NAMES, check_ids
 SMALL_BYTES = 96 << 20
 KEPT_AT_ONCE = 8  # blocks of such a trace that are waiting or being decoded
 # Threads share the work on a trace of this many blocks evenly; in blocks of fewer ids each costs more than it brings.
-MANY_BLOCKS, FEW_IDS_BYTES = 8, 64 << 10
+MANY_BLOCKS, FEW_IDS_BYTES = 8, 1 << 20
 
 
 class Needs(NamedTuple):
