@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from moetrace.cli.lazy_group import LazyGroup
-from moetrace.cli.standard_streams import open_missing_streams, outlive_reader
+from moetrace.cli.standard_streams import open_missing_streams, outlive_readers
 from moetrace.spec.errors import MoetraceError, harmless, stop_behind
 from moetrace.version import __version__
 
@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in itertools.takewhile(lambda arg: arg.startswith("-"), args)
     open_missing_streams()
-    outlive_reader()
+    outlive_readers()
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminated)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
@@ -76,10 +76,6 @@ def main(args: list[str] | None = None) -> None:
         _run(args)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except BrokenPipeError:
-        # The reader of our output went away (`moetrace list models | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except (KeyboardInterrupt, click.Abort) as stop:
         _end(stop)
     except (MoetraceError, click.ClickException, OSError) as error:

@@ -24,20 +24,24 @@ class _Pipe(io.FileIO):
             return len(memoryview(data).cast("B"))
 
 
-def outlive_reader() -> None:
-    """Let the command outlive the reader of its stdout, if that is a pipe."""
-    try:
-        number = sys.stdout.fileno()
-        mode = os.fstat(number).st_mode
-    except (AttributeError, OSError, ValueError):  # a stream without a number stands there, in a notebook or a test
-        return
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        sys.stdout.flush()
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Pipe(number, "wb", closefd=False)),
-            encoding=sys.stdout.encoding,
-            errors=sys.stdout.errors,
-        )
+def outlive_readers() -> None:
+    """Let the command outlive the readers of its stdout and stderr, where these are pipes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            number = stream.fileno()
+            mode = os.fstat(number).st_mode
+        except (AttributeError, OSError, ValueError):  # no number stands behind it, in a notebook or a test
+            continue
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            stream.flush()
+            pipe = io.TextIOWrapper(
+                io.BufferedWriter(_Pipe(number, "wb", closefd=False)),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+            )
+            setattr(sys, name, pipe)
 
 
 def open_missing_streams() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,6 @@ class Lane:
     decision_log: DecisionLog | None = None  # of every decision, where they are exported
     folded: FoldedSteps | None = None  # instead of the log of each step
     books: PromptBooks | None = None  # then, of a policy that counts prompts: whose the prompts of the state are
-    last_s: float = 0.0  # processor time that the last block took
     level_steps: Any = None  # STEP_LEVEL [steps], as the log of steps; of a lane with levels
     _first_step: int = 0  # that the log has
 
@@ -103,7 +101,7 @@ class Lane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block."""
-        begun_s, cells, scratch, whole = thread_time(), self.state.cells, self.state.scratch, batch
+        cells, scratch, whole = self.state.cells, self.state.scratch, batch
         if self.folded is not None:
             self.log = self.log._replace(step=records(len(batch.steps.rows), STEP))
             self._first_step = batch.steps.first
@@ -139,7 +137,6 @@ class Lane:
         if self.books is not None:
             self.books.give_back(whole, self.state.prompts)
             self.state = self.state._replace(prompts=None)
-        self.last_s = thread_time() - begun_s
 
     def _cut_where_cold(self, batch: Batch) -> Iterator[Batch]:
         """Yield a block in the parts before which the cache is emptied, once that has been done."""

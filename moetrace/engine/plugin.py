@@ -2,7 +2,6 @@
 
 import dis
 import inspect
-import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -21,7 +20,7 @@ from moetrace.spec.choices import find, legal
 from moetrace.spec.errors import UsageError
 from moetrace.spec.named import nearest
 
-_ENGINE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as `co_filename` has it, with all its dots
+_ENGINE = __file__.removesuffix("plugin.py")  # as `co_filename` has it, with all its dots
 _MAY_WRITE = {True: "plan, state, view.memory and view.groups", False: "state and view.memory"}
 ARGUMENTS = ("state", "view", "layer", "load", "plan")
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from time import thread_time
 
 from moetrace.engine.replay import Batch
 from moetrace.jit.apart import result_of
@@ -24,13 +25,13 @@ class Walker:
     Attributes:
         group: Walkers of a group end together, where one fails; None: it cannot fail.
         advance: Replays a block; only a MoetraceError is a failure.
-        last_s: Returns the seconds that the last block took.
+        last_s: Processor time that the last block took.
         coming: The blocks that it has not come through.
     """
 
     group: int | None
     advance: Callable[[Batch], None]
-    last_s: Callable[[], float]
+    last_s: float = 0.0
     coming: deque["_Given"] = field(default_factory=deque)
 
 
@@ -80,7 +81,7 @@ class Relay:
             for walker in self._walkers:
                 walker.coming.append(block)
         # Who took longest goes first: begun last, it would keep one thread when the others have nothing left to do.
-        for i in sorted(idle, key=lambda i: -self._walkers[i].last_s()):
+        for i in sorted(idle, key=lambda i: -self._walkers[i].last_s):
             self._submit(i)
         self._wait(UNDER_WAY - 1)
 
@@ -107,7 +108,9 @@ class Relay:
             failed = self._failed.get(walker.group)
         try:
             if failed is None or failed[0] >= block.number:
+                begun_s = thread_time()
                 walker.advance(block.batch)
+                walker.last_s = thread_time() - begun_s
         except MoetraceError as error:
             with self._lock:
                 known = self._failed.get(walker.group)

@@ -144,7 +144,7 @@ def find_unvisited(after, visited, guard, guarded, at, end, residents):
 
 def unchanged(state, view, layer, load, plan):
     """Residencies that use the ring: equal scores, so the one touched (or admitted) longest ago goes first."""
-    return  # with nothing but a docstring, Numba finds no line to name in debug information
+    return  # Numba names the line after a docstring in debug information, so there must be one
 
 
 # How the engine calls them

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from moetrace.engine.cluster.cluster_lane import ClusterLane, cluster_lane
@@ -191,8 +190,8 @@ def _walkers(underway: list[_Underway]) -> list[Walker]:
             for bound in (lane.work_bound, lane.lower_bound):
                 if bound is not None and id(bound) not in bounds:
                     bounds.add(id(bound))
-                    walkers.append(Walker(None, bound.advance, lambda: 0.0))
-            walkers.append(Walker(i, lane.advance, partial(getattr, lane, "last_s")))
+                    walkers.append(Walker(None, bound.advance))
+            walkers.append(Walker(i, lane.advance))
     return walkers
 
 

@@ -76,7 +76,7 @@ def _same_for_reading(typingctx: Any, array: Any) -> Any:
 
 def nothing(returned: None) -> None:
     """Take what a function returned, which must be nothing: anything else is refused when it is compiled."""
-    return  # as of `unchanged`
+    return  # Numba names the line after a docstring in debug information, so there must be one
 
 
 @overload(nothing, strict=False)

@@ -42,13 +42,15 @@ def test_a_reader_that_goes_away_changes_no_verdict(tmp_path):
         subprocess.run([*MOETRACE, *arguments], cwd=tmp_path, capture_output=True, env=environment)
     (tmp_path / "grid.toml").write_text((tmp_path / "grid.toml").read_text().replace("48", "24"))
     for arguments in (["sweep", "grid.toml", "-o", "out"], ["gate", "out", "--baseline", "new.json"]):
-        with subprocess.Popen(
-            [*MOETRACE, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, env=environment
-        ) as process:
-            assert process.stdout
-            process.stdout.close()
-            codes.append(process.wait())
-    assert codes == [1, 3]
+        for errors in (None, subprocess.STDOUT):  # and with 2>&1
+            command = [*MOETRACE, *arguments]
+            with subprocess.Popen(
+                command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, env=environment
+            ) as process:
+                assert process.stdout
+                process.stdout.close()
+                codes.append(process.wait())
+    assert codes == [1, 1, 3, 3]
 
 
 def test_closed_output_is_no_error():

@@ -17,7 +17,7 @@ def block(number: int) -> Any:
 
 
 def walker(group: Any, advance: Any) -> Walker:
-    return Walker(group, advance, lambda: 0.0)
+    return Walker(group, advance)
 
 
 BLOCKS = 6

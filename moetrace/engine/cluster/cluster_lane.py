@@ -1,7 +1,6 @@
 """One policy of a cluster on its way through a trace: plans, what moves, and the steps in between."""
 
 from dataclasses import dataclass, field
-from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,6 @@ class ClusterLane:
     losses: None = None
     cold_starts: None = None
     setting: Any = field(default_factory=new_setting)  # of which nothing is set
-    last_s: float = 0.0  # processor time that the last block took
     work_bound_s: float = 0.0
     clairvoyant_s: float | None = None
     has_units: bool = False
@@ -128,7 +126,7 @@ class ClusterLane:
 
     def advance(self, batch: Batch) -> None:
         """Replay a block, in the parts between which plans change."""
-        begun_s, number = thread_time(), len(batch.steps.rows)
+        number = len(batch.steps.rows)
         if self.folded is not None:
             self.log, self._first_step = self.log._replace(step=new_steps(number, CLUSTER_STEP)), batch.steps.first
         at = batch.steps.first - self._first_step
@@ -146,7 +144,6 @@ class ClusterLane:
         if self.folded is not None:
             self.folded.add(batch.steps.first, self.log.step)
             self.log = self.log._replace(step=new_steps(0, CLUSTER_STEP))
-        self.last_s = thread_time() - begun_s
 
     def _replay(self, batch: Batch, books: Books, s: int, stop: int) -> int:
         """Replay steps of a block from s on, with a tape in the recording's window; return the first that was not."""
